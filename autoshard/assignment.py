@@ -1,0 +1,104 @@
+"""An assignment: the plan in terms of axes. Into how many parts each axis is cut, by which ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from autoshard.axes import Axis, Size, atoms_of
+from autoshard.layouts import Concat, Layout, Leaf, Product
+
+ALIGNMENT = 128  # rows of a padded vocabulary per rank (paper, appendix: multiples of 128·tp)
+
+
+@dataclass(frozen=True)
+class Cut:
+    """One axis over the ranks of a group.
+
+    Attributes:
+        degree: ranks in the group.
+        parts: pieces of the axis; rank r holds piece ``r // stride % parts``.
+        stride: see parts.
+        rows: elements of one piece (ceil where padded).
+        padded: elements of one piece while computing, >= rows (a vocabulary).
+    """
+
+    degree: int
+    parts: int
+    stride: int
+    rows: int
+    padded: int
+
+
+@dataclass(eq=False)
+class Assignment:
+    """Which axes are cut. Axes that it does not hold are whole."""
+
+    cuts: dict[Axis, Cut] = field(default_factory=dict)
+
+    def cut(self, atom: Axis, degree: int, parts: int, stride: int, paddable: bool) -> None:
+        """Cut an axis; a vocabulary that does not divide well is padded."""
+        assert isinstance(atom.size, int)
+        rows = -(-atom.size // parts)
+        padded = rows
+        if paddable and (atom.size % parts or rows % 8):
+            padded = -(-rows // ALIGNMENT) * ALIGNMENT
+        self.cuts[atom] = Cut(degree, parts, stride, rows, padded)
+
+    def cuts_in(self, dims: Iterable[Axis]) -> dict[Axis, Cut]:
+        """The cut axes among some dimensions."""
+        return {a: self.cuts[a] for axis in dims for a in atoms_of(axis) if a in self.cuts}
+
+    def degree(self, dims: Iterable[Axis]) -> int:
+        """The degree over which some dimensions are split (1: whole)."""
+        return max((c.degree for c in self.cuts_in(dims).values()), default=1)
+
+    def size(self, axis: Axis) -> Size:
+        """Number of elements that a rank holds of an axis while computing."""
+        axis = axis.find()
+        if axis in self.cuts:
+            return self.cuts[axis].padded
+        result: Size
+        if axis.factors is not None:
+            result = 1
+            for factor in axis.factors:
+                result = result * self.size(factor)
+            return result
+        if axis.parts is not None:
+            result = 0
+            for part in axis.parts:
+                result = result + self.size(part)
+            return result
+        return axis.size
+
+    def layout(self, axis: Axis) -> Layout:
+        """Which elements of a dimension the ranks hold."""
+        axis = axis.find()
+        if axis.factors is not None:
+            factors = tuple(self.layout(f) for f in axis.factors if f.find().size != 1)
+            return _simplified(factors)
+        if axis.parts is not None:
+            parts = tuple(self.layout(p) for p in axis.parts)
+            if all(isinstance(p, Leaf) and p.parts == 1 and p.size >= 0 for p in parts):
+                return Leaf(sum(p.size for p in parts if isinstance(p, Leaf)))
+            return Concat(parts)
+        size = axis.size if isinstance(axis.size, int) else -1
+        if axis in self.cuts:
+            return Leaf(size, self.cuts[axis].parts, self.cuts[axis].stride)
+        return Leaf(size)
+
+
+def _simplified(factors: tuple[Layout, ...]) -> Layout:
+    """A product with neighbouring uncut axes merged."""
+    flat: list[Layout] = []
+    for factor in factors:
+        for f in factor.factors if isinstance(factor, Product) else (factor,):
+            last = flat[-1] if flat else None
+            if (
+                isinstance(f, Leaf) and isinstance(last, Leaf)
+                and f.parts == last.parts == 1 and min(f.size, last.size) >= 0
+            ):  # fmt: skip
+                flat[-1] = Leaf(last.size * f.size)
+            else:
+                flat.append(f)
+    return flat[0] if len(flat) == 1 else Product(tuple(flat))

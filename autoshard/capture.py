@@ -1,0 +1,268 @@
+"""Capture: a model becomes one flat torch.fx graph of ATen operators, batch and sequence symbolic.
+
+The one front end is ``torch.export`` (non-strict first, strict where that fails). It runs on a
+*skeleton*: the model with its parameters' shapes and no memory, so that a model of any size can be
+captured again at any time for another signature (another set of inputs, train or eval).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import inspect
+import logging
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.export.graph_signature import InputKind
+from torch.utils import _pytree as pytree
+
+from autoshard import huggingface
+from autoshard.errors import CaptureError
+
+
+@dataclass(frozen=True)
+class Captured:
+    """A captured graph and what its placeholders stand for.
+
+    Attributes:
+        graph: flat; placeholders for parameters, buffers, constants, then the inputs.
+        parameters: placeholder -> the parameter's name (a tied one under its first name).
+        buffers: placeholder -> the buffer's name.
+        constants: placeholder -> a tensor made in ``forward``.
+        inputs: placeholders of the tensor inputs, in pytree order; None where an input is no tensor.
+        out_spec: how the flat outputs are put together.
+        holds: raises where the graph does not hold for these flat inputs (shapes, constants).
+    """
+
+    graph: fx.Graph
+    parameters: dict[str, str]
+    buffers: dict[str, str]
+    constants: dict[str, Tensor]
+    inputs: tuple[str, ...]
+    out_spec: pytree.TreeSpec
+    holds: Callable[[list[Any]], None]
+
+
+def skeleton(model: nn.Module) -> nn.Module:
+    """A copy of the model whose parameters and buffers have shapes, dtypes and no memory.
+
+    Buffers keep their values where they are small: models read them in ``forward``.
+    """
+    memo: dict[int, Any] = {}
+    for tensor in (*model.parameters(), *model.buffers()):
+        hollow = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
+        hollow.untyped_storage().resize_(0)
+        if isinstance(tensor, nn.Parameter):
+            hollow = nn.Parameter(hollow, requires_grad=tensor.requires_grad)
+        memo[id(tensor)] = hollow
+    return copy.deepcopy(model, memo)
+
+
+def tied_names(model: nn.Module) -> dict[str, str]:
+    """Every parameter's and buffer's name -> the first name of the same tensor."""
+    first: dict[int, str] = {}
+    names: dict[str, str] = {}
+    named = (
+        *model.named_parameters(remove_duplicate=False),
+        *model.named_buffers(remove_duplicate=False),
+    )
+    for name, tensor in named:
+        names[name] = first.setdefault(id(tensor), name)
+    return names
+
+
+def capture(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Captured:
+    """Capture ``model(*args, **kwargs)`` as one graph, every input dimension symbolic.
+
+    Raises:
+        CaptureError: the model branches on data, or holds a Python construct that cannot be
+            captured; names the layer and the source line.
+    """
+    huggingface.register_outputs(model)
+    # One tensor given twice (labels = input_ids) would become one input.
+    args, kwargs = pytree.tree_map_only(Tensor, torch.clone, (args, kwargs))
+    shapes = pytree.tree_map(_symbolic, (args, kwargs))
+    signature_shapes = _by_name(model, shapes)
+    with _quiet(), _notice_autograd_functions() as functions:
+        try:
+            program = torch.export.export(
+                model, args, kwargs, dynamic_shapes=signature_shapes, strict=False
+            )
+        except Exception as error:
+            try:
+                program = torch.export.export(
+                    model, args, kwargs, dynamic_shapes=signature_shapes, strict=True
+                )
+            except Exception:
+                raise CaptureError(_explain(error)) from error
+    if functions:
+        names = ", ".join(sorted(functions))
+        raise CaptureError(
+            f"the model calls its own autograd.Function ({names}), whose backward the capture would "
+            "drop without a word. Write it with differentiable operators, or register it as an "
+            "operator with torch.library.custom_op and register_autograd."
+        )
+    first = tied_names(model)
+    parameters: dict[str, str] = {}
+    buffers: dict[str, str] = {}
+    constants: dict[str, Tensor] = {}
+    inputs: list[str] = []
+    for spec in program.graph_signature.input_specs:
+        name = spec.arg.name
+        if spec.kind is InputKind.PARAMETER:
+            parameters[name] = first[str(spec.target)]
+        elif spec.kind is InputKind.BUFFER:
+            buffers[name] = first[str(spec.target)]
+        elif spec.kind is InputKind.CONSTANT_TENSOR:
+            constants[name] = program.constants[str(spec.target)]
+        elif spec.kind is InputKind.USER_INPUT:
+            inputs.append(name)
+        else:
+            raise CaptureError(f"an input of kind {spec.kind} ({spec.target}) is not supported")
+    graph = copy.deepcopy(program.graph_module).graph
+    assert program.call_spec.out_spec is not None
+    return Captured(
+        graph, parameters, buffers, constants, tuple(inputs), program.call_spec.out_spec,
+        _guards(program, graph, tuple(inputs)),
+    )  # fmt: skip
+
+
+def _symbolic(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return dict.fromkeys(range(value.dim()), torch.export.Dim.AUTO)
+    return None
+
+
+def _by_name(model: nn.Module, shapes: tuple[Any, Any]) -> Any:
+    """Dynamic shapes in the form that ``torch.export`` takes: by the names of ``forward``."""
+    args, kwargs = shapes
+    if not args:
+        return kwargs
+    names = list(inspect.signature(model.forward).parameters.values())
+    positional = [p for p in names if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    result = dict(zip((p.name for p in positional), args, strict=False))
+    if len(args) > len(positional):
+        variadic = next(p.name for p in names if p.kind is p.VAR_POSITIONAL)
+        result[variadic] = tuple(args[len(positional) :])
+    return {**result, **kwargs}
+
+
+def _explain(error: Exception) -> str:
+    text = str(error).strip()
+    lines = [line for line in text.splitlines() if line.strip()]
+    place = [line.strip() for line in lines if 'File "' in line and "/torch/" not in line]
+    message = f"the model could not be captured: {type(error).__name__}: {lines[0] if lines else ''}"
+    if place:
+        message += f"\n  at {place[-1]}"
+    else:
+        place = _model_frames(error)
+        if place:
+            message += f"\n  at {place}"
+    return message + (
+        "\n  A branch or a size that depends on data cannot be captured: compute it with tensors "
+        "(torch.where, masks), or outside the model."
+    )
+
+
+def _model_frames(error: BaseException) -> str:
+    trace, found = error.__traceback__, ""
+    while trace is not None:
+        file = trace.tb_frame.f_code.co_filename
+        layer = trace.tb_frame.f_locals.get("self")
+        if isinstance(layer, nn.Module) and "/torch/" not in file:
+            found = f"{type(layer).__name__}.forward ({file}:{trace.tb_lineno})"
+        trace = trace.tb_next
+    return found
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        logger = logging.getLogger("torch.export")
+        level = logger.level
+        logger.setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            logger.setLevel(level)
+
+
+@contextlib.contextmanager
+def _notice_autograd_functions() -> Iterator[set[str]]:
+    """Collect the names of the model's own ``autograd.Function`` classes that are applied."""
+    met: set[str] = set()
+    function = torch.autograd.Function
+    original = function.__dict__["apply"]
+
+    def apply(cls: type, *args: Any, **kwargs: Any) -> Any:
+        if not cls.__module__.startswith("torch."):
+            met.add(f"{cls.__module__}.{cls.__qualname__}")
+        return original.__get__(None, cls)(*args, **kwargs)
+
+    function.apply = classmethod(apply)  # type: ignore[assignment, method-assign]
+    try:
+        yield met
+    finally:
+        function.apply = original  # type: ignore[method-assign]
+
+
+def _guards(
+    program: torch.export.ExportedProgram, graph: fx.Graph, inputs: tuple[str, ...]
+) -> Callable[[list[Any]], None]:
+    """A check of flat inputs against the shapes that the graph was captured for.
+
+    Symbols are read off the first dimension that is one symbol; every other dimension must agree.
+    """
+    expected: list[tuple[str, Any]] = []
+    for node in graph.nodes:
+        if node.op == "placeholder" and node.name in inputs:
+            expected.append((node.name, node.meta.get("val")))
+    ranges = {str(symbol): bounds for symbol, bounds in program.range_constraints.items()}
+    extra = _shape_guards(expected)
+
+    def holds(flat: list[Any]) -> None:
+        symbols: dict[Any, int] = {}
+        pending: list[tuple[str, Any, int]] = []
+        for (name, value), given in zip(expected, flat, strict=True):
+            if not isinstance(value, Tensor):
+                continue
+            if given.dim() != value.dim() or given.dtype != value.dtype:
+                raise ValueError(f"{name} is {given.dtype} of rank {given.dim()}")
+            for size, actual in zip(value.shape, given.shape, strict=True):
+                if isinstance(size, int):
+                    if size != actual:
+                        raise ValueError(f"{name} has {actual}, captured for {size}")
+                    continue
+                expression = size.node.expr
+                if expression.is_Symbol and expression not in symbols:
+                    symbols[expression] = actual
+                    bounds = ranges.get(str(expression))
+                    if bounds is not None and not bounds.lower <= actual <= bounds.upper:
+                        raise ValueError(f"{name} has {actual}, captured for {bounds}")
+                else:
+                    pending.append((name, expression, actual))
+        for name, expression, actual in pending:
+            if int(expression.subs(symbols)) != actual:
+                raise ValueError(f"{name} has {actual}, captured for {expression}")
+        for guard in extra:
+            value = guard.subs(symbols)
+            if value == False:  # noqa: E712  (a sympy truth value)
+                raise ValueError(f"the graph holds for {guard} only")
+
+    return holds
+
+
+def _shape_guards(expected: list[tuple[str, Any]]) -> list[Any]:
+    for _, value in expected:
+        if isinstance(value, Tensor):
+            for size in value.shape:
+                if isinstance(size, torch.SymInt):
+                    environment = size.node.shape_env
+                    return [g.expr for g in environment.guards] if environment else []
+    return []

@@ -1,0 +1,105 @@
+"""What a rewritten graph knows of its rank: a group of ranks that share one split."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from autoshard.random_streams import RandomStream
+
+ReduceOp = Literal["sum", "max"]
+
+# torch 2.13 gave all_gather_into_tensor this name.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_REDUCE_OPS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}
+
+
+class Group(Protocol):
+    """The ranks among which something is split in `degree` parts, seen from one of them.
+
+    Every rank of the group calls the same methods in the same order with tensors of one shape.
+    None of them is differentiable: `autoshard.ops` says what the gradient of each is.
+    """
+
+    @property
+    def degree(self) -> int:
+        """The number of parts, which is the number of ranks in the group."""
+
+    @property
+    def coordinate(self) -> int:
+        """Which part this rank holds, 0 .. degree - 1."""
+
+    @property
+    def stream(self) -> RandomStream:
+        """The random draws that belong to this coordinate."""
+
+    def all_reduce(self, x: Tensor, op: ReduceOp = "sum", *, inplace: bool = False) -> Tensor:
+        """The sum or maximum of every rank's `x`, elementwise, contiguous.
+
+        `x` is unchanged and the result is a new tensor, unless `inplace` is set: then a
+        contiguous `x` is overwritten and returned, which saves one copy.
+        """
+
+    def all_gather(self, x: Tensor) -> list[Tensor]:
+        """Every rank's `x`, by coordinate."""
+
+
+class SingleGroup:
+    """Degree 1: nothing is split, nothing moves."""
+
+    degree = 1
+    coordinate = 0
+
+    def __init__(self, stream: RandomStream) -> None:
+        self.stream = stream
+
+    def all_reduce(self, x: Tensor, op: ReduceOp = "sum", *, inplace: bool = False) -> Tensor:
+        """`x` itself."""
+        return x
+
+    def all_gather(self, x: Tensor) -> list[Tensor]:
+        """`[x]`."""
+        return [x]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> SingleGroup:
+        return self
+
+    def __repr__(self) -> str:
+        return "SingleGroup()"
+
+
+class ProcessGroupComm:
+    """A group on a `torch.distributed` process group (NCCL, gloo), whose ranks are coordinates.
+
+    A copy of a module shares its groups with the module: a communicator cannot be copied.
+    """
+
+    def __init__(self, process_group: dist.ProcessGroup, stream: RandomStream) -> None:
+        self.process_group = process_group
+        self.stream = stream
+        self.degree: int = process_group.size()
+        self.coordinate: int = process_group.rank()
+
+    def all_reduce(self, x: Tensor, op: ReduceOp = "sum", *, inplace: bool = False) -> Tensor:
+        """One all-reduce."""
+        x = x.detach()
+        if not (inplace and x.is_contiguous()):
+            x = x.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(x, _REDUCE_OPS[op], group=self.process_group)
+        return x
+
+    def all_gather(self, x: Tensor) -> list[Tensor]:
+        """One all-gather into one buffer, of which the results are views."""
+        x = x.detach().contiguous()
+        buffer = x.new_empty((self.degree * x.numel(),))
+        _all_gather(buffer, x.view(-1), group=self.process_group)
+        return list(buffer.view(self.degree, *x.shape).unbind())
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ProcessGroupComm:
+        return self
+
+    def __repr__(self) -> str:
+        return f"ProcessGroupComm(degree={self.degree}, coordinate={self.coordinate})"

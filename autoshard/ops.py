@@ -1,0 +1,371 @@
+"""What a rewritten graph calls on every rank: typed collectives and split forms of operators.
+
+The collectives come in pairs, each the other's transpose, under the convention that a replicated
+value has its full gradient on every rank (Megatron-LM, arXiv 1909.08053, section 3, where `copy`
+is f and `reduce` is g):
+
+    op        forward        backward
+    copy      identity       all-reduce
+    reduce    all-reduce     identity
+    gather    all-gather     own slice
+    scatter   own slice      all-gather
+
+All functions take any floating dtype. Gradients of gradients are not defined.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ParamSpec, TypeVar, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from autoshard.groups import Group
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+NONE, MEAN, SUM = 0, 1, 2  # at::Reduction
+
+
+def copy(x: Tensor, group: Group) -> Tensor:
+    """Identity forward, all-reduce backward: `y = x`, `dx = sum over ranks of dy`.
+
+    Stands where a replicated value enters a split region: each rank's part of the region knows
+    only a part of the gradient.
+    """
+    return x if group.degree == 1 else _apply(_Copy, x, group)
+
+
+def reduce(x: Tensor, group: Group, inplace: bool = False) -> Tensor:
+    """All-reduce forward, identity backward: `y = sum over ranks of x`, `dx = dy`.
+
+    Stands where a split axis was summed over. `inplace` allows `x`'s memory to be reused, which
+    saves one copy; only for an `x` that nothing else uses (views and leaves are copied anyway).
+    """
+    return x if group.degree == 1 else _apply(_Reduce, x, group, inplace)
+
+
+def gather(x: Tensor, dim: int, group: Group) -> Tensor:
+    """All-gather forward, own slice backward: `y = cat(x of every rank, dim)`, `dx = dy[own]`.
+
+    `dy` is the whole gradient on every rank, so nothing is summed.
+    """
+    return x if group.degree == 1 else _apply(_Gather, x, dim % x.ndim, group)
+
+
+def scatter(x: Tensor, dim: int, group: Group) -> Tensor:
+    """Own slice forward, all-gather backward: `y = x[own]`, `dx = cat(dy of every rank, dim)`.
+
+    Raises ValueError where the degree does not divide the size of `dim`.
+    """
+    if group.degree == 1:
+        return x
+    if x.shape[dim] % group.degree:
+        raise ValueError(
+            f"dimension {dim} of {tuple(x.shape)} cannot be split in {group.degree} equal parts"
+        )
+    return _apply(_Scatter, x, dim % x.ndim, group)
+
+
+def with_stream(group: Group, op: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    """`op(*args, **kwargs)` for a random operator, drawing from `group.stream`.
+
+    A group of degree 1 draws the same on all ranks of a tensor parallel group, any other group
+    differently on each coordinate (arXiv 1909.08053, appendix B.2). `op` must not communicate.
+    """
+    return group.stream.run(op, *args, **kwargs)
+
+
+def vocab_embedding(
+    weight: Tensor, ids: Tensor, group: Group, vocab: int, rows: int, padding_idx: int = -1
+) -> Tensor:
+    """This rank's part of an embedding whose vocabulary is split; the caller reduces it.
+
+        y[i] = weight[ids[i] - start]  if start <= ids[i] < start + rows  else 0
+        dweight[r] = sum of dy[i] over ids[i] == start + r,  start = coordinate * rows
+
+    weight: [local, n], rows [start, start + rows) of the whole table; rows past `rows` or past
+    the true size `vocab` are padding, never read, gradient 0. ids: any shape, global numbers.
+    padding_idx: the global row that gets no gradient, -1 for none. Returns [*ids.shape, n].
+
+    Raises IndexError for an id outside [0, vocab); on CUDA a device assertion, as in PyTorch.
+    Source: arXiv 1909.08053, section 3.
+    """
+    _check_indices(ids, vocab, "id", "the vocabulary")
+    start = group.coordinate * rows
+    return _apply(_VocabEmbedding, weight, ids, start, min(rows, vocab - start), padding_idx)
+
+
+def vocab_cross_entropy(
+    logits: Tensor,
+    target: Tensor,
+    group: Group,
+    vocab: int,
+    rows: int,
+    weight: Tensor | None = None,
+    reduction: int = MEAN,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    class_dim: int = 1,
+) -> Tensor:
+    """`aten.cross_entropy_loss` over classes that are split over the group.
+
+    With z the whole logits, y the target, w the class weights, C = `vocab`, e the smoothing:
+
+        lse    = log sum_c exp z_c
+        loss_i = (1 - e) w_y (lse - z_y) + e/C sum_c w_c (lse - z_c)         0 where ignored
+        dz_c   = ((1 - e) w_y + e/C sum_k w_k) softmax(z)_c - (1 - e) w_y [c = y] - e/C w_c
+
+    and the mean is over the summed w_y of the targets that are not ignored. Three numbers per
+    token are exchanged, in two all-reduces (the maximum; the sums), none in the backward pass.
+    The whole logits exist nowhere; what is kept for the backward pass is `logits` itself.
+
+    logits: [N, local, d1, ...] (class_dim 1) or [local] (class_dim 0); the rank holds the classes
+    [coordinate * rows, coordinate * rows + rows) of `vocab`, and whatever its tensor has past
+    `rows` or past the last true class is padding: not read, gradient 0. target: class indices,
+    global, [N, d1, ...] or []. weight: whole, [vocab]. reduction: 0 none, 1 mean, 2 sum.
+    float16 and bfloat16 are computed in float32; results have the dtype of `logits`.
+
+    Raises NotImplementedError for targets that are probabilities, IndexError for a target outside
+    [0, vocab) that is not `ignore_index` (on CUDA a device assertion), ValueError for shapes that
+    do not fit. Source: arXiv 1909.08053, section 3.
+    """
+    if target.is_floating_point():
+        raise NotImplementedError("targets that are probabilities need the whole vocabulary")
+    expected = (*logits.shape[:class_dim], *logits.shape[class_dim + 1 :])
+    if target.shape != expected:
+        raise ValueError(
+            f"logits {tuple(logits.shape)} with classes in dimension {class_dim} need a target "
+            f"{expected}, got {tuple(target.shape)}"
+        )
+    if weight is not None and weight.shape != (vocab,):
+        raise ValueError(f"weight must be [{vocab}], the whole vocabulary, got {weight.shape}")
+    if not 0.0 <= label_smoothing <= 1.0:
+        raise ValueError(f"label_smoothing must be in [0, 1], got {label_smoothing}")
+    if reduction not in (NONE, MEAN, SUM):
+        raise ValueError(f"reduction must be {NONE}, {MEAN} or {SUM}, got {reduction}")
+    valid = target != ignore_index
+    target = torch.where(valid, target, 0).long()
+    _check_indices(target, vocab, "target", "the classes")
+
+    compute = torch.promote_types(logits.dtype, torch.float32)
+    token_weight = valid.to(compute)
+    if weight is not None:
+        weight = weight.to(compute)
+        token_weight = token_weight * weight[target]
+    width = max(0, min(rows, vocab - group.coordinate * rows))
+    split = _SplitClasses(group, vocab, group.coordinate * rows, width, class_dim)
+    losses = _apply(
+        _VocabCrossEntropy, logits, target, valid, token_weight, weight, split, label_smoothing
+    )
+    if reduction == MEAN:
+        losses = losses.sum() / token_weight.sum()
+    elif reduction == SUM:
+        losses = losses.sum()
+    return losses.to(logits.dtype)
+
+
+def _apply(function: type[torch.autograd.Function], *args: Any) -> Tensor:
+    return cast(Tensor, function.apply(*args))
+
+
+def _check_indices(indices: Tensor, size: int, name: str, of: str) -> None:
+    """Raises IndexError for an index outside [0, size); asserts without waiting on CUDA."""
+    if indices.is_meta or indices.numel() == 0 or torch.compiler.is_compiling():
+        return
+    if indices.is_cuda:
+        inside = ((indices >= 0) & (indices < size)).all()
+        torch._assert_async(inside, f"{name} out of range: {of} has {size} entries")
+        return
+    low, high = (int(bound) for bound in torch.aminmax(indices))
+    if low < 0 or high >= size:
+        wrong = low if low < 0 else high
+        raise IndexError(f"{name} {wrong} is out of range: {of} has {size} entries")
+
+
+class _Copy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
+        ctx.group = group
+        return x.view_as(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        return ctx.group.all_reduce(dy), None
+
+
+class _Reduce(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Group, inplace: bool) -> Tensor:
+        inplace = inplace and x.is_contiguous() and not x._is_view() and not _is_leaf(x)
+        if inplace:
+            ctx.mark_dirty(x)
+        y = group.all_reduce(x, inplace=inplace)
+        return x if inplace else y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        return dy, None, None
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, dim: int, group: Group) -> Tensor:
+        ctx.dim, ctx.start, ctx.size = dim, group.coordinate * x.shape[dim], x.shape[dim]
+        return torch.cat(group.all_gather(x), dim)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        return dy.narrow(ctx.dim, ctx.start, ctx.size), None, None
+
+
+class _Scatter(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, dim: int, group: Group) -> Tensor:
+        ctx.dim, ctx.group = dim, group
+        size = x.shape[dim] // group.degree
+        # A copy, so that the whole `x` is not kept alive by its slice.
+        return x.narrow(dim, group.coordinate * size, size).clone(
+            memory_format=torch.contiguous_format
+        )
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        return torch.cat(ctx.group.all_gather(dy), ctx.dim), None, None
+
+
+class _VocabEmbedding(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, weight: Tensor, ids: Tensor, start: int, width: int, padding_idx: int
+    ) -> Tensor:
+        inside = (ids >= start) & (ids < start + width)
+        local = torch.where(inside, ids - start, 0)
+        # embedding_dense_backward skips the index that it is told is padding.
+        learnt = inside if padding_idx < 0 else inside & (ids != padding_idx)
+        ctx.save_for_backward(torch.where(learnt, local, -1))
+        ctx.local_rows = weight.shape[0]
+        return F.embedding(local, weight).masked_fill_(~inside.unsqueeze(-1), 0)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        (local,) = ctx.saved_tensors
+        dweight = torch.ops.aten.embedding_dense_backward(dy, local, ctx.local_rows, -1, False)
+        return dweight, None, None, None, None
+
+
+@dataclass(frozen=True)
+class _SplitClasses:
+    """This rank's classes: the first `width` along `dim`, which are `start` .. of `classes`."""
+
+    group: Group
+    classes: int
+    start: int
+    width: int
+    dim: int
+
+    def own(self, logits: Tensor) -> Tensor:
+        """The logits of true classes, a view."""
+        return logits.narrow(self.dim, 0, self.width)
+
+    def local(self, target: Tensor) -> tuple[Tensor, Tensor]:
+        """Each target's place along `dim`, kept as a dimension, and whether it is here."""
+        inside = (target >= self.start) & (target < self.start + self.width)
+        place = torch.where(inside, target - self.start, 0)
+        return place.unsqueeze(self.dim), inside
+
+    def own_weight(self, weight: Tensor, ndim: int) -> Tensor:
+        """The weights of this rank's classes, to be broadcast against logits of `ndim`."""
+        shape = [1] * ndim
+        shape[self.dim] = self.width
+        return weight[self.start : self.start + self.width].view(shape)
+
+
+class _VocabCrossEntropy(torch.autograd.Function):
+    """Loss per token, in the dtype of `token_weight`; ignored tokens have loss and gradient 0.
+
+    With m the maximum and s the sum of exp(z - m): lse = m + log s, and all of the loss is written
+    in z - m, which is exact where the logits are large.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        logits: Tensor,
+        target: Tensor,
+        valid: Tensor,
+        token_weight: Tensor,
+        weight: Tensor | None,
+        split: _SplitClasses,
+        smoothing: float,
+    ) -> Tensor:
+        dim, dtype = split.dim, token_weight.dtype
+        own = split.own(logits)
+        if split.width:
+            maximum = own.amax(dim).to(dtype)
+        else:
+            maximum = token_weight.new_full(target.shape, -torch.inf)
+        maximum = split.group.all_reduce(maximum, "max")
+
+        shifted = own - maximum.unsqueeze(dim)
+        place, inside = split.local(target)
+        if split.width:
+            picked = torch.where(inside, shifted.gather(dim, place).squeeze(dim), 0)
+        else:
+            picked = torch.zeros_like(maximum)
+        parts = [picked]
+        if smoothing:
+            weighted = shifted if weight is None else shifted * split.own_weight(weight, own.ndim)
+            parts.append(weighted.sum(dim))
+        parts.append(shifted.exp_().sum(dim))
+        del shifted
+        picked, *smooth, total = split.group.all_reduce(torch.stack(parts)).unbind()
+
+        log_total = total.log()
+        loss = (1 - smoothing) * token_weight * (log_total - picked)
+        if smoothing:
+            mass = split.classes if weight is None else weight.sum()
+            loss = loss + smoothing / split.classes * (mass * log_total - smooth[0])
+        ctx.save_for_backward(logits, target, valid, token_weight, weight, maximum, total)
+        ctx.split, ctx.smoothing = split, smoothing
+        return torch.where(valid, loss, 0)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
+        logits, target, valid, token_weight, weight, maximum, total = ctx.saved_tensors
+        split, smoothing = ctx.split, ctx.smoothing
+        dim = split.dim
+        hit = torch.where(valid, (1 - smoothing) * token_weight * dloss, 0)
+        spread = torch.where(valid, smoothing / split.classes * dloss, 0)
+        mass = split.classes if weight is None else weight.sum()
+
+        own = split.own(logits)
+        dz = (own - maximum.unsqueeze(dim)).exp_()
+        dz.mul_(((hit + mass * spread) / total).unsqueeze(dim))
+        if smoothing:
+            spread = spread.unsqueeze(dim)
+            dz.sub_(spread if weight is None else spread * split.own_weight(weight, own.ndim))
+        if split.width:
+            place, inside = split.local(target)
+            dz.scatter_add_(dim, place, -torch.where(inside, hit, 0).unsqueeze(dim))
+        if split.width == logits.shape[dim]:
+            dlogits = dz.to(logits.dtype)
+        else:
+            dlogits = torch.zeros_like(logits)
+            dlogits.narrow(dim, 0, split.width).copy_(dz)
+        return dlogits, None, None, None, None, None, None
+
+
+def _is_leaf(x: Tensor) -> bool:
+    return x.is_leaf and x.requires_grad

@@ -1,0 +1,63 @@
+"""A rank's graph as a module that can be called, and a rank's share of the parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from autoshard import layouts
+from autoshard.capture import Captured
+from autoshard.groups import Group
+from autoshard.passes.shard import Sharded
+
+
+def rank_module(sharded: Sharded, group: Callable[[int], Group]) -> fx.GraphModule:
+    """The graph with its groups bound: a GraphModule over placeholder values, in order."""
+    attributes = {
+        str(node.target): group(int(str(node.target)[2:]))
+        for node in sharded.graph.nodes
+        if node.op == "get_attr"
+    }
+    return fx.GraphModule(attributes, sharded.graph, class_name="RankGraph")  # type: ignore[arg-type]
+
+
+def local_share(whole: Tensor, stored: tuple[int, layouts.Layout, int], coordinate: int) -> Tensor:
+    """The part of a whole parameter that a rank stores."""
+    dim, layout, _ = stored
+    return layouts.local_part(whole, dim, layout, coordinate)
+
+
+def whole_tensor(
+    shares: list[Tensor], stored: tuple[int, layouts.Layout, int]
+) -> Tensor:
+    """The whole tensor, in the model's order, from the shares of the ranks of a group."""
+    dim, layout, degree = stored
+    return layouts.whole(torch.cat(shares, dim), dim, layout, degree)
+
+
+def placeholder_values(
+    sharded: Sharded,
+    captured: Captured,
+    parameters: Mapping[str, Tensor],
+    buffers: Mapping[str, Tensor],
+    inputs: list[Any],
+) -> list[Any]:
+    """What the rank's graph is called with: parameters and buffers by name, inputs in order."""
+    given = dict(zip(captured.inputs, inputs, strict=True))
+    values = []
+    for node in sharded.graph.nodes:
+        if node.op != "placeholder":
+            break
+        name = node.name
+        if name in captured.parameters:
+            values.append(parameters[captured.parameters[name]])
+        elif name in captured.buffers:
+            values.append(buffers[captured.buffers[name]])
+        elif name in captured.constants:
+            values.append(captured.constants[name])
+        else:
+            values.append(given[name])
+    return values

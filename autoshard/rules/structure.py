@@ -1,0 +1,240 @@
+"""Operators that take tensors apart and put them together: slices, splits, concatenations."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from torch import fx
+
+from autoshard import axes
+from autoshard.axes import Axis
+from autoshard.rules.call import Call
+from autoshard.rules.local import Local
+from autoshard.rules.views import frozen
+
+
+def _pieces(call: Call, axis: Axis, bounds: list[int]) -> list[Axis]:
+    """The axis cut at bounds into consecutive pieces; fresh and frozen where it cannot be cut."""
+    try:
+        pieces = []
+        for begin, end in zip(bounds, bounds[1:], strict=False):
+            _, rest = axes.cut(axis, begin)
+            inside = axes.concatenation(rest)
+            before, _ = axes.cut(inside, end - begin)
+            pieces.append(axes.concatenation(before) if before else Axis(0))
+        return pieces
+    except axes.AxisMismatch as mismatch:
+        call.freeze((axis,), f"cut: {mismatch}")
+        fresh = [Axis(end - begin) for begin, end in zip(bounds, bounds[1:], strict=False)]
+        call.freeze(fresh, f"cut: {mismatch}")
+        return fresh
+
+
+def slice_(call: Call) -> None:
+    """``x[..., a:b]``: the dimension is cut at a and b; ``x[..., i::n]`` is an index into ``[m·n]``."""
+    dims = list(call.operand("self"))
+    dim = call.dim(call.arguments["dim"], len(dims))
+    axis, result = dims[dim], call.shape()[dim]
+    size = axis.find().size
+    start, end, step = slice_bounds(call, size)
+    if axes.same_size(size, result):
+        pass
+    elif (
+        isinstance(size, int)
+        and isinstance(start, int)
+        and isinstance(end, int)
+        and isinstance(step, int)
+    ):
+        if step == 1:
+            dims[dim] = _pieces(call, axis, [start, end])[0]
+        else:
+            dims[dim] = _every(call, axis, start, step, result)
+    else:
+        call.freeze((axis,), "a slice of symbolic size")
+        dims[dim] = Axis(result)
+        call.freeze((dims[dim],), "a slice of symbolic size")
+    call.outputs = [tuple(dims)]
+
+
+def _every(call: Call, axis: Axis, start: int, step: int, result: axes.Size) -> Axis:
+    try:
+        if start >= step:
+            raise axes.AxisMismatch("a strided slice with an offset")
+        outer = axes.ratio(axis.find().size, step)
+        if outer is None:
+            raise axes.AxisMismatch("a strided slice of a length that the stride does not divide")
+        first, second = axes.divide_product(axis, outer)
+        call.freeze((second,), "a strided slice")
+        return first
+    except axes.AxisMismatch as mismatch:
+        fresh = Axis(result)
+        call.freeze((axis, fresh), str(mismatch))
+        return fresh
+
+
+def slice_bounds(call: Call, size: axes.Size) -> tuple[Any, Any, Any]:
+    """Start, end and step of a slice; ints are brought into 0..size where that is an int."""
+    start, end, step = (call.arguments[n] for n in ("start", "end", "step"))
+    start = 0 if start is None else start
+    end = sys.maxsize if end is None else end
+    if isinstance(size, int):
+        if isinstance(start, int):
+            start = min(max(start + size if start < 0 else start, 0), size)
+        if isinstance(end, int):
+            end = min(max(end + size if end < 0 else end, 0), size)
+    return start, end, step
+
+
+def local_slice(call: Call, local: Local) -> dict[str, Any]:
+    """A slice's bounds on the rank: the local sizes of what lies before and inside."""
+    dims, result = call.operand("self"), call.outputs[0]
+    assert result is not None
+    dim = call.dim(call.arguments["dim"], len(dims))
+    axis = dims[dim]
+    size = axis.find().size
+    start, end, step = slice_bounds(call, size)
+    if local.size(axis) == size:
+        return {}
+    if axes.same_size(size, result[dim].find().size):
+        return {"start": 0, "end": sys.maxsize}
+    if step != 1:
+        return {"start": start, "end": sys.maxsize}
+    before, _ = axes.cut(axis, start)
+    first = sum(_int(local.size(p)) for p in before)
+    return {"start": first, "end": first + _int(local.size(result[dim]))}
+
+
+def _int(size: axes.Size) -> int:
+    assert isinstance(size, int)
+    return size
+
+
+def select(call: Call) -> None:
+    """``x[..., i]``: the dimension must be whole, and is gone."""
+    dims = list(call.operand("self"))
+    dim = call.dim(call.arguments["dim"], len(dims))
+    call.freeze((dims[dim],), "an index into the axis")
+    del dims[dim]
+    call.outputs = [tuple(dims)]
+
+
+def unbind(call: Call) -> None:
+    """All indices of a dimension, which must be whole."""
+    dims = list(call.operand("self"))
+    dim = call.dim(call.arguments["dim"], len(dims))
+    call.freeze((dims[dim],), "an index into the axis")
+    del dims[dim]
+    call.outputs = [tuple(dims)] * len(call.node.meta["val"])
+
+
+def split(call: Call) -> None:
+    """``split``, ``chunk``, ``split_with_sizes``: a dimension becomes a concatenation."""
+    dims = call.operand("self")
+    dim = call.dim(call.arguments["dim"], len(dims))
+    sizes = [call.shape(i)[dim] for i in range(len(call.node.meta["val"]))]
+    if not all(isinstance(s, int) for s in sizes) or not isinstance(dims[dim].find().size, int):
+        frozen(call)
+        return
+    bounds = [0]
+    for size in sizes:
+        assert isinstance(size, int)
+        bounds.append(bounds[-1] + size)
+    pieces = _pieces(call, dims[dim], bounds)
+    call.outputs = [(*dims[:dim], piece, *dims[dim + 1 :]) for piece in pieces]
+
+
+def local_split(argument: str) -> Any:
+    """Localization of a split by sizes."""
+
+    def localize(call: Call, local: Local) -> dict[str, Any]:
+        dim = call.dim(call.arguments["dim"], len(call.operand("self")))
+        sizes = [_int(local.size(out[dim])) for out in call.outputs if out is not None]
+        return {argument: sizes if isinstance(call.arguments[argument], (list, tuple)) else sizes[0]}
+
+    return localize
+
+
+def cat(call: Call) -> None:
+    """``[q | k | v]``."""
+    operands = [call.operand("tensors", i) for i in range(len(call.arguments["tensors"]))]
+    rank = len(call.shape())
+    dim = call.dim(call.arguments["dim"], rank)
+    result = list(operands[0])
+    for other in operands[1:]:
+        for i in range(rank):
+            if i != dim:
+                call.unify(result[i], other[i])
+    parts = [o[dim] for o in operands]
+    if all(isinstance(p.find().size, int) for p in parts):
+        result[dim] = axes.concatenation(parts)
+    else:
+        call.freeze(parts, "a concatenation of symbolic size")
+        result[dim] = Axis(call.shape()[dim])
+        call.freeze((result[dim],), "a concatenation of symbolic size")
+    call.outputs = [tuple(result)]
+
+
+def stack(call: Call) -> None:
+    """A new dimension over the operands, which stays whole."""
+    operands = [call.operand("tensors", i) for i in range(len(call.arguments["tensors"]))]
+    result = list(operands[0])
+    for other in operands[1:]:
+        for a, b in zip(result, other, strict=True):
+            call.unify(a, b)
+    new = Axis(len(operands))
+    call.freeze((new,), "the axis of a stack")
+    result.insert(call.dim(call.arguments["dim"], len(result) + 1), new)
+    call.outputs = [tuple(result)]
+
+
+def pad(call: Call) -> None:
+    """``pad``: padded dimensions must be whole; the others pass."""
+    dims = list(call.operand("self"))
+    for index in range(len(call.arguments["pad"]) // 2):
+        if list(call.arguments["pad"][2 * index : 2 * index + 2]) == [0, 0]:
+            continue
+        dim = len(dims) - 1 - index
+        call.freeze((dims[dim],), "padding along the axis")
+        dims[dim] = Axis(call.shape()[dim])
+        call.freeze((dims[dim],), "padding along the axis")
+    call.outputs = [tuple(dims)]
+
+
+def along(name: str = "dim") -> Any:
+    """Operators that need one dimension whole (``softmax``, ``cumsum``, ``roll``...); others pass."""
+
+    def apply(call: Call) -> None:
+        dims = call.operand("self")
+        chosen = call.arguments.get(name)
+        if chosen is None or isinstance(chosen, fx.Node):
+            chosen = list(range(len(dims)))
+        chosen = [chosen] if isinstance(chosen, int) else chosen
+        whole = {call.dim(d, len(dims)) for d in (chosen or range(len(dims)))}
+        call.freeze([dims[d] for d in whole], "needs this axis whole")
+        value = call.node.meta["val"]
+        results = value if isinstance(value, (list, tuple)) else [value]
+        call.outputs = []
+        for index in range(len(results)):
+            shape = call.shape(index)
+            if len(shape) == len(dims):
+                kept = tuple(
+                    axis if axes.same_size(axis.find().size, size) else Axis(size)
+                    for axis, size in zip(dims, shape, strict=True)
+                )
+            else:
+                kept = tuple(a for i, a in enumerate(dims) if i not in whole)
+            call.outputs.append(kept)
+
+    return apply
+
+
+def indexed(call: Call) -> None:
+    """``index_select``: the dimension must be whole; the result has a new one."""
+    dims = list(call.operand("self"))
+    dim = call.dim(call.arguments["dim"], len(dims))
+    call.operand("index")
+    call.freeze((dims[dim],), "an index into the axis")
+    dims[dim] = Axis(call.shape()[dim])
+    call.freeze((dims[dim],), "an index into the axis")
+    call.outputs = [tuple(dims)]

@@ -1,0 +1,327 @@
+"""Verify: does the split model compute the same function, gradients included?
+
+The ranks run as threads in one process (``simulate``), each with leaf tensors of its own, and are
+compared with the model itself, run eagerly: every output, and the gradient of every parameter.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+
+from autoshard import capture as capturing
+from autoshard.axes import Axis, atoms_of
+from autoshard.errors import AutoshardError
+from autoshard.exactly import edit_exactly, exactly
+from autoshard.inputs import normalized_inputs
+from autoshard.passes.shard import Sharded
+from autoshard.pipeline import Program, analyse, rewrite
+from autoshard.plans import Plan
+from autoshard.rank import local_share, placeholder_values, rank_module, whole_tensor
+from autoshard.simulate import RankContext, run_ranks
+
+TOLERANCE = {
+    torch.float64: 1e-10,
+    torch.float32: 1e-3,
+    torch.bfloat16: 1e-1,
+    torch.float16: 1e-1,
+}
+
+
+@dataclass(frozen=True)
+class Report:
+    """The outcome of a verification.
+
+    Attributes:
+        ok: every relative error is below the tolerance.
+        max_relative_error: the largest of all.
+        outputs: output -> relative error.
+        gradients: parameter -> relative error of its gradient.
+        tolerance: what ``ok`` was judged by.
+        plan: the plan that was verified.
+    """
+
+    ok: bool
+    max_relative_error: float
+    outputs: dict[str, float]
+    gradients: dict[str, float]
+    tolerance: float
+    plan: Plan
+
+    @property
+    def worst(self) -> str:
+        """The output or parameter with the largest error."""
+        everything = {**self.outputs, **self.gradients}
+        return max(everything, key=lambda name: _rank(everything[name]))
+
+    def __str__(self) -> str:
+        verdict = "the same function" if self.ok else "NOT the same function"
+        return (
+            f"{verdict}: largest relative error {self.max_relative_error:.2e} ({self.worst}), "
+            f"tolerance {self.tolerance:.0e}, {len(self.outputs)} outputs, "
+            f"{len(self.gradients)} gradients, tp={self.plan.tp}"
+        )
+
+
+def verify(
+    model: nn.Module,
+    tp: int,
+    example_inputs: Any = None,
+    degree: str | int = "max",
+    plan: Plan | None = None,
+    dtype: torch.dtype = torch.float64,
+) -> Report:
+    """Compare the model split over ``tp`` simulated ranks with the model itself.
+
+    Works on a copy with every parameter perturbed, in the model's train or eval mode, with dropout
+    off, on inputs that hit the first, last and shard-boundary tokens and ignored labels.
+
+    Args:
+        model: on the CPU, unchanged by this.
+        tp: number of ranks.
+        example_inputs: tuple or dict; found when not given.
+        degree: ``"max"``, or a number.
+        plan: a plan to verify instead.
+        dtype: float64 shows 1e-16 of rounding and nothing else; lower ones their own.
+
+    Raises:
+        AutoshardError: the model cannot be captured or split.
+    """
+    args, kwargs = normalized_inputs(model, example_inputs)
+    subject = perturbed(copy.deepcopy(model).to(dtype), seed=0)
+    args, kwargs = pytree.tree_map_only(
+        Tensor, lambda t: t.to(dtype) if t.is_floating_point() else t.clone(), (args, kwargs)
+    )
+    program = analyse(
+        capturing.skeleton(subject), args, kwargs, tp, edit=edit_exactly(dtype)
+    )
+    request: Any = plan.degrees if plan is not None else degree
+    made, sharded = rewrite(program, tp, request)
+    args, kwargs = boundary_inputs(program, tp, args, kwargs)
+    return compare(subject, program, sharded, made, args, kwargs, dtype)
+
+
+def compare(
+    subject: nn.Module,
+    program: Program,
+    sharded: Sharded,
+    plan: Plan,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    dtype: torch.dtype = torch.float64,
+) -> Report:
+    """Compare a rewritten graph, run on simulated ranks, with the model run eagerly."""
+    with exactly(dtype):
+        subject.zero_grad()
+        reference = pytree.tree_leaves(_plain(subject(*_clone(args), **_clone(kwargs))))
+        _objective(reference).backward()
+    expected = {
+        name: torch.zeros_like(p) if p.grad is None else p.grad.detach().clone()
+        for name, p in subject.named_parameters()
+    }
+    outputs, gradients = simulated(subject, program, sharded, plan, args, kwargs)
+    largest = max((g.abs().max().item() for g in expected.values() if g.numel()), default=1.0)
+    gradient_errors = {}
+    for name, whole in expected.items():
+        shares = gradients.get(name)
+        if shares is None:
+            gradient_errors[name] = _error([torch.zeros_like(whole)], whole, largest)
+        else:
+            gradient_errors[name] = _error(shares, whole, largest)
+    names = _output_names(program, len(reference))
+    tensors = [(i, r) for i, r in enumerate(reference) if isinstance(r, Tensor)]
+    output_errors = {
+        names[i]: _error([rank[i] for rank in outputs], r.detach(), 0.0) for i, r in tensors
+    }
+    worst = max([0.0, *output_errors.values(), *gradient_errors.values()], key=_rank)
+    tolerance = TOLERANCE[dtype]
+    return Report(
+        worst < tolerance, worst, output_errors, gradient_errors, tolerance, plan
+    )
+
+
+def simulated(
+    subject: nn.Module,
+    program: Program,
+    sharded: Sharded,
+    plan: Plan,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> tuple[list[list[Any]], dict[str, list[Tensor]]]:
+    """Outputs by rank, and each parameter's gradient, whole, as each group of ranks holds it."""
+    captured = program.captured
+    stored = {captured.parameters[p]: share for p, share in sharded.stored.items()}
+    names = capturing.tied_names(subject)
+    whole = {n: p.detach() for n, p in subject.named_parameters()}
+    buffers = {n: b.detach() for n, b in subject.named_buffers(remove_duplicate=False)}
+    flat = pytree.tree_leaves((args, kwargs))
+    degrees = tuple({r.degree for r in plan.regions})
+
+    def run(rank: RankContext) -> tuple[list[Any], dict[str, Tensor | None], dict[str, int]]:
+        local: dict[str, Tensor] = {}
+        places: dict[str, int] = {}
+        for name, value in whole.items():
+            share = stored.get(name)
+            if share is not None:
+                places[name] = rank.group(share[2]).coordinate
+                value = local_share(value, share, places[name])
+            local[name] = value.clone().requires_grad_(value.is_floating_point())
+        local.update({alias: local[n] for alias, n in names.items() if n in local})
+        module = rank_module(sharded, rank.group)
+        own = {n: b.clone() for n, b in buffers.items()}
+        values = placeholder_values(sharded, captured, local, own, _clone(flat))
+        result = list(module(*values))
+        _objective(result).backward()
+        return (
+            [r.detach() if isinstance(r, Tensor) else r for r in result],
+            {n: local[n].grad for n in whole},
+            places,
+        )
+
+    ranks = run_ranks(run, plan.tp, degrees=degrees)
+    gradients: dict[str, list[Tensor]] = {}
+    for name, value in whole.items():
+        shares = [
+            torch.zeros_like(_share_like(value, stored.get(name), r[2].get(name, 0)))
+            if r[1][name] is None else r[1][name]
+            for r in ranks
+        ]  # fmt: skip
+        share = stored.get(name)
+        if share is None:
+            gradients[name] = [s for s in shares if s is not None]
+            continue
+        by_place: dict[int, list[Tensor]] = {}
+        for s, r in zip(shares, ranks, strict=True):
+            assert s is not None
+            by_place.setdefault(r[2][name], []).append(s)
+        copies = min(len(v) for v in by_place.values())
+        gradients[name] = [
+            whole_tensor([by_place[c][k] for c in range(share[2])], share) for k in range(copies)
+        ]
+    return [r[0] for r in ranks], gradients
+
+
+def _share_like(value: Tensor, share: Any, place: int) -> Tensor:
+    return value if share is None else local_share(value, share, place)
+
+
+def perturbed(model: nn.Module, seed: int) -> nn.Module:
+    """The model with noise on every parameter: a zero bias or a unit norm hides a missing sum."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.is_floating_point():
+                noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+                scale = 0.02 + 0.1 * float(parameter.detach().abs().mean().nan_to_num())
+                parameter.add_((scale * noise).to(parameter.dtype))
+    return model
+
+
+def boundary_inputs(
+    program: Program, tp: int, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Inputs whose tokens include the first, the last, and those at the shards' boundaries."""
+    leaves, spec = pytree.tree_flatten((args, kwargs))
+    axes = program.analysis.axes
+    places = {name: i for i, name in enumerate(program.captured.inputs)}
+    for call in axes.calls.values():
+        if call.lookup is None:
+            continue
+        vocabulary = call.lookup.find().size
+        is_loss = ("target", None) in call.operands
+        source = _source_input(call.tensor("target" if is_loss else "indices"), places)
+        if source is None or not isinstance(vocabulary, int):
+            continue
+        rows = -(-vocabulary // tp)
+        edges = {0, vocabulary - 1}
+        edges |= {e for r in range(1, tp) for e in (r * rows - 1, r * rows) if e < vocabulary}
+        tokens = sorted(edges) + ([-100] if is_loss else [])
+        flat = leaves[source].flatten().clone()
+        room = max(1, flat.numel() // 2)
+        chosen = (tokens[:1] + tokens[-1:] + tokens[1:-1])[:room]
+        step = max(1, flat.numel() // max(1, len(chosen)))
+        for index, token in enumerate(chosen):
+            if flat.dtype == torch.int64:
+                flat[(index * step + step // 2) % flat.numel()] = token
+        leaves[source] = flat.view_as(leaves[source])
+    return pytree.tree_unflatten(leaves, spec)  # type: ignore[no-any-return]
+
+
+def _source_input(node: fx.Node, places: Mapping[str, int]) -> int | None:
+    """The input that a node is a view or a copy of."""
+    while node.name not in places:
+        passing = ("view", "reshape", "slice", "clone", "contiguous", "to", "pad", "flatten")
+        name = str(node.target).split(".")[1] if "." in str(node.target) else ""
+        if name not in passing or not node.all_input_nodes:
+            return None
+        node = node.all_input_nodes[0]
+    return places[node.name]
+
+
+def _objective(outputs: list[Any]) -> Tensor:
+    """A scalar that depends on every element of every differentiable output."""
+    total: Tensor | None = None
+    generator = torch.Generator().manual_seed(7)
+    for value in outputs:
+        if isinstance(value, Tensor) and value.is_floating_point():
+            weights = torch.randn(value.shape, generator=generator, dtype=torch.float64)
+            if not value.requires_grad:
+                continue
+            term = (value.nan_to_num(0.0, 0.0, 0.0).double() * (1 + weights)).sum()
+            total = term if total is None else total + term
+    if total is None:
+        raise AutoshardError("no output of the model depends on its parameters")
+    return total
+
+
+def _error(shares: list[Tensor], whole: Tensor, largest: float) -> float:
+    """``max|a - b| / max(max|b|, 1e-6 * largest)`` over all ranks."""
+    if not whole.numel():
+        return 0.0
+    worst = 0.0
+    for share in shares:
+        if share.shape != whole.shape:
+            return float("inf")
+        if not whole.is_floating_point():
+            worst = max(worst, 0.0 if torch.equal(share, whole) else float("inf"))
+            continue
+        same = (share == whole) | (share.isnan() & whole.isnan())
+        difference = torch.where(same, 0.0, (share - whole).abs().double()).max().item()
+        scale = max(torch.nan_to_num(whole).abs().max().item(), 1e-6 * largest)
+        error = difference / scale if scale else difference
+        worst = max(worst, error, key=_rank)
+    return worst
+
+
+def _rank(error: float) -> float:
+    return float("inf") if error != error else error
+
+
+def _clone(value: Any) -> Any:
+    return pytree.tree_map_only(Tensor, lambda t: t.clone(), value)
+
+
+def _plain(value: Any) -> Any:
+    return value
+
+
+def _output_names(program: Program, count: int) -> list[str]:
+    node = next(n for n in reversed(program.captured.graph.nodes) if n.op == "output")
+    names = [n.name if isinstance(n, fx.Node) else str(i) for i, n in enumerate(node.args[0])]
+    spec = program.captured.out_spec
+    try:
+        paths = pytree.tree_flatten_with_path(pytree.tree_unflatten(list(range(count)), spec))[0]
+        return [pytree.keystr(path).strip(".[]'\"") or names[i] for i, (path, _) in enumerate(paths)]
+    except Exception:
+        return (names + [str(i) for i in range(count)])[:count]
+
+
+def split_axes(dims: tuple[Axis, ...]) -> list[Axis]:
+    """All atoms of some dimensions."""
+    return [atom for axis in dims for atom in atoms_of(axis)]

@@ -1,0 +1,1 @@
+"""The compiler passes, one per file, imported as `autoshard.passes`."""

@@ -1,0 +1,153 @@
+"""Assign axes: what every dimension of every weight-dependent value IS.
+
+One walk over the graph; each operator's rule unifies the axes of its operands and result. Values
+that depend on no parameter (masks, positions, rotary tables) are computed whole on every rank and
+sliced where they are used, so each use of them gets axes of its own.
+
+Before::
+
+    linear = aten.linear(x, w, b)            # [B, S, 64], [192, 64], [192]
+    view = aten.view(linear, [B, S, 3, 4, 16])
+
+After: ``w`` is ``[3·heads·16, hidden]``, ``view`` is ``[B, S, 3, heads, 16]``.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Collection
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx
+
+from autoshard.axes import Axis, freeze
+from autoshard.rules import Call, bind, rule_for, where
+from autoshard.rules.call import Dims, is_tensor, shape_of
+from autoshard.rules.views import frozen
+
+
+@dataclass(eq=False)
+class Axes:
+    """The result of the walk.
+
+    Attributes:
+        calls: each weight-dependent operator and the axes of its operands and results.
+        dims: the axes of each weight-dependent tensor (parameters included).
+        outputs: the axes of the graph's outputs that depend on parameters.
+        parameters: the placeholders of parameters.
+        unknown: operators without a rule, with their place.
+        differentiable: values that a gradient can flow through.
+        inputs: the placeholders of the model's inputs.
+    """
+
+    calls: dict[fx.Node, Call] = field(default_factory=dict)
+    dims: dict[fx.Node, Dims] = field(default_factory=dict)
+    outputs: list[fx.Node] = field(default_factory=list)
+    parameters: list[fx.Node] = field(default_factory=list)
+    unknown: list[str] = field(default_factory=list)
+    differentiable: set[fx.Node] = field(default_factory=set)
+    inputs: frozenset[fx.Node] = frozenset()
+
+
+def assign_axes(
+    graph: fx.Graph, parameters: Collection[str], inputs: Collection[str]
+) -> Axes:
+    """Walk the graph once and unify the axes of its dimensions.
+
+    Args:
+        graph: normalized.
+        parameters: placeholders of parameters.
+        inputs: placeholders of the model's inputs.
+    """
+    result = Axes()
+    weighted: dict[fx.Node, list[Dims | None]] = {}
+
+    def dims_of(node: fx.Node) -> Dims:
+        if node in result.dims:
+            return result.dims[node]
+        return tuple(Axis(size) for size in shape_of(node.meta["val"]))
+
+    for node in graph.nodes:
+        value = node.meta.get("val")
+        if node.op == "placeholder":
+            if node.name in parameters:
+                result.parameters.append(node)
+                result.dims[node] = tuple(Axis(size) for size in shape_of(value))
+                weighted[node] = [result.dims[node]]
+            if isinstance(value, torch.Tensor) and value.is_floating_point():
+                if node.name in parameters or node.name in inputs:
+                    result.differentiable.add(node)
+            continue
+        if node.op == "output":
+            result.outputs = [n for n in node.all_input_nodes if n in result.dims]
+            continue
+        if any(n in result.differentiable for n in node.all_input_nodes):
+            if not _stops_gradient(node) and _floating(value):
+                result.differentiable.add(node)
+        if not any(n in weighted for n in node.all_input_nodes):
+            continue
+        if node.target is operator.getitem:
+            source, index = node.args
+            dims = weighted[source][index] if source in weighted else None  # type: ignore[index]
+            if dims is not None:
+                result.dims[node] = dims
+                weighted[node] = [dims]
+            continue
+        if not _gives_tensors(value):
+            continue
+        if not isinstance(node.target, torch._ops.OpOverload):
+            raise TypeError(f"{node.target} is no ATen operator ({where(node)})")
+        call = Call(node, bind(node), dims_of)
+        rule = rule_for(node.target)
+        if rule is None:
+            result.unknown.append(where(node))
+            frozen(call)
+        else:
+            rule.apply(call)
+            for slot in call.tensors():
+                call.operand(*slot)
+        result.calls[node] = call
+        weighted[node] = call.outputs
+        if is_tensor(node):
+            dims = call.outputs[0]
+            assert dims is not None and len(dims) == value.dim(), where(node)
+            result.dims[node] = dims
+    result.inputs = frozenset(n for n in graph.nodes if n.name in inputs)
+    for axis in _inputs_axes(result):
+        freeze(axis, "a dimension of an input")
+    return result
+
+
+def _inputs_axes(result: Axes) -> list[Axis]:
+    """Axes that a lookup takes over from its indices: they are those of an input."""
+    found: list[Axis] = []
+    for node, call in result.calls.items():
+        if ("indices", None) in call.operands and call.lookup is not None:
+            if call.tensor("indices") not in result.dims:
+                found.extend(call.operands["indices", None])
+    return found
+
+
+def _floating(value: Any) -> bool:
+    if isinstance(value, (list, tuple)):
+        return any(_floating(v) for v in value)
+    return isinstance(value, torch.Tensor) and (value.is_floating_point() or value.is_complex())
+
+
+def _gives_tensors(value: Any) -> bool:
+    if isinstance(value, (list, tuple)):
+        return any(isinstance(v, torch.Tensor) for v in value)
+    return isinstance(value, torch.Tensor)
+
+
+def _stops_gradient(node: fx.Node) -> bool:
+    return node.target in (
+        torch.ops.aten.detach.default,
+        torch.ops.aten.zeros_like.default,
+        torch.ops.aten.ones_like.default,
+        torch.ops.aten.full_like.default,
+        torch.ops.aten.empty_like.default,
+        torch.ops.aten.rand_like.default,
+    )

@@ -1,0 +1,283 @@
+"""Assign degrees: the one pass that decides. Matched axes and a request become a plan.
+
+Before: candidates with the degrees they can take. After: a ``Plan`` for people, and an
+``Assignment`` (axis -> pieces) for the rewriting, which decides nothing more.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+
+from torch import fx
+
+from autoshard.assignment import Assignment
+from autoshard.axes import Axis, atoms_of
+from autoshard.errors import PlanError
+from autoshard.layouts import indices, is_split
+from autoshard.passes.assign_axes import Axes
+from autoshard.passes.match import Candidate, Found, Hints
+from autoshard.plans import ParameterShare, Plan, Region, Whole
+from autoshard.rules.call import module_path
+
+Request = str | int | Mapping[str, int]
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """A graph and what the passes found out about it."""
+
+    graph: fx.Graph
+    axes: Axes
+    candidates: tuple[Candidate, ...]
+    names: Mapping[str, str]
+    """Placeholder of a parameter -> the parameter's name."""
+    shapes: Mapping[str, tuple[int, ...]]
+    """Name -> shape of all parameters of the model, used or not."""
+
+
+def assign_degrees(analysis: Analysis, tp: int, request: Request) -> tuple[Plan, Assignment]:
+    """Decide the degree of each region.
+
+    Args:
+        analysis: of the model's graph.
+        tp: ranks to split over.
+        request: ``"max"``: the largest degree that each region's axes take; a number: the largest
+            that also divides it; a mapping: region name -> degree.
+
+    Raises:
+        PlanError: a degree that a region cannot take, tied regions with different degrees, a
+            region of the mapping that the model does not have.
+    """
+    assignment = Assignment()
+    degrees = [_degree(c, tp, request) for c in analysis.candidates]
+    if isinstance(request, Mapping):
+        known = {r.name for c in analysis.candidates for r in c.regions}
+        for name in request:
+            if name not in known and request[name] != 1:
+                raise PlanError(
+                    f"the plan has a region {name!r} that this model does not have; its regions "
+                    f"are {', '.join(sorted(known)[:8])}, ..."
+                )
+    for candidate, degree in zip(analysis.candidates, degrees, strict=True):
+        if degree > 1:
+            _cut(assignment, candidate, degree)
+    plan = Plan(
+        tp=tp,
+        regions=_regions(analysis, tp, degrees, request),
+        parameters=_parameters(analysis, assignment),
+        replicated=_replicated(analysis, assignment),
+        unknown=tuple(dict.fromkeys(analysis.axes.unknown)),
+        sharded_fraction=_sharded_fraction(analysis, assignment, tp),
+        fingerprint=fingerprint(analysis.shapes),
+        _again=partial(_again, analysis, tp),
+    )
+    return plan, assignment
+
+
+def _again(analysis: Analysis, tp: int, degrees: Mapping[str, int]) -> Plan:
+    return assign_degrees(analysis, tp, degrees)[0]
+
+
+def fingerprint(shapes: Mapping[str, tuple[int, ...]]) -> str:
+    """Hash of parameter names and shapes."""
+    text = "\n".join(f"{name} {tuple(shape)}" for name, shape in shapes.items())
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _degree(candidate: Candidate, tp: int, request: Request) -> int:
+    degrees = candidate.degrees(tp)
+    if request == "max":
+        return degrees[-1]
+    if isinstance(request, int):
+        return max(d for d in degrees if request % d == 0)
+    assert isinstance(request, Mapping)
+    asked = {r.name: request.get(r.name, 1) for r in candidate.regions}
+    if len(set(asked.values())) > 1:
+        pairs = ", ".join(f"{name}: {degree}" for name, degree in asked.items())
+        raise PlanError(f"these regions share an axis and so a degree, but the plan has {pairs}")
+    name, degree = next(iter(asked.items()))
+    if degree not in degrees:
+        raise PlanError(
+            f"{name} cannot be split over {degree} ranks at tp={tp}; it takes "
+            f"{', '.join(map(str, degrees))}"
+        )
+    return degree
+
+
+def _cut(assignment: Assignment, candidate: Candidate, degree: int) -> None:
+    for split in candidate.splits:
+        parts = split.parts(degree)
+        assert parts is not None
+        stride = degree
+        for atom, count in zip(split.atoms, parts, strict=True):
+            stride //= count
+            if count > 1:
+                assignment.cut(atom, degree, count, stride, split.paddable)
+
+
+def _regions(
+    analysis: Analysis, tp: int, degrees: list[int], request: Request
+) -> tuple[Region, ...]:
+    order = {node: i for i, node in enumerate(analysis.graph.nodes)}
+    found: list[tuple[int, Region]] = []
+    for candidate, degree in zip(analysis.candidates, degrees, strict=True):
+        for region in candidate.regions:
+            described = _describe(analysis, candidate, region, degree, tp, request)
+            found.append((order[region.calls[0]], described))
+    return tuple(region for _, region in sorted(found, key=lambda pair: pair[0]))
+
+
+def _describe(
+    analysis: Analysis, candidate: Candidate, region: Found, degree: int, tp: int, request: Request
+) -> Region:
+    axes, hints = analysis.axes, Hints(analysis.graph)
+    members = set(region.calls)
+    parameters: dict[str, None] = {}
+    inputs: dict[str, None] = {}
+    collectives: list[str] = []
+    for node in region.calls:
+        call = axes.calls[node]
+        summed = {a for axis in call.summed for a in atoms_of(axis)} & candidate.atoms
+        lookup = call.lookup is not None and bool(set(atoms_of(call.lookup)) & candidate.atoms)
+        for slot, dims in call.operands.items():
+            operand = call.tensor(*slot)
+            touched = any(a in candidate.atoms for axis in dims for a in atoms_of(axis))
+            if operand.name in analysis.names:
+                if touched:
+                    parameters[analysis.names[operand.name]] = None
+            if not touched and operand not in members and slot not in call.added_once:
+                if operand in axes.differentiable and operand.name not in inputs:
+                    inputs[operand.name] = None
+                    collectives.append(f"backward all-reduce of the gradient of {operand.name}")
+        if lookup and ("indices", None) not in call.operands:
+            collectives.append(f"forward all-reduce of per-token scalars, twice ({node.name})")
+        elif summed or lookup:
+            collectives.append(f"forward all-reduce of {node.name}")
+    outputs = [
+        n.name for n in region.calls if not n.users or any(u not in members for u in n.users)
+    ]
+    largest = candidate.degrees(tp)[-1]
+    sizes = ["·".join(str(a.size) for a in s.atoms) for s in candidate.splits]
+    reason = f"{' | '.join(sizes)} divides by {degree}"
+    if any(s.paddable for s in candidate.splits) and degree > 1:
+        reason = f"{' | '.join(sizes)} rows over {degree} ranks"
+        cut = Assignment()
+        _cut(cut, candidate, degree)
+        wide = max(c.padded * c.parts for c in cut.cuts.values())
+        if wide != candidate.splits[0].atoms[0].size:
+            reason += f", padded to {wide}"
+    elif degree < tp and request == "max":
+        reason = f"{' | '.join(sizes)}: {degree} is the largest divisor of tp={tp} that divides"
+    elif degree < largest:
+        reason = f"by request (takes up to {largest})"
+    return Region(
+        name=region.name,
+        kind=region.kind,
+        degree=degree,
+        degrees=candidate.degrees(tp),
+        axes=tuple(sizes),
+        parameters=tuple(parameters),
+        nodes=tuple(n.name for n in region.calls),
+        inputs=tuple(inputs),
+        outputs=tuple(outputs),
+        collectives=tuple(collectives) if degree > 1 else (),
+        tied=tuple(r.name for r in candidate.regions if r is not region),
+        flops=sum(hints(axes.calls[n].flops) for n in region.calls),
+        reason=reason,
+    )
+
+
+def _parameters(analysis: Analysis, assignment: Assignment) -> tuple[ParameterShare, ...]:
+    dims_of = {analysis.names[n.name]: analysis.axes.dims[n] for n in analysis.axes.parameters}
+    found = []
+    for name, shape in analysis.shapes.items():
+        numel = math.prod(shape)
+        dims = dims_of.get(name)
+        dim = stored_dim(dims, assignment) if dims is not None else None
+        if dims is None or dim is None:
+            reason = "" if dims is not None else "not used in the forward"
+            if dims is not None:
+                reason = _why_whole(dims, assignment)
+            found.append(ParameterShare(name, shape, None, 1, "", numel, 0, reason))
+            continue
+        layout = assignment.layout(dims[dim])
+        cuts = assignment.cuts_in(dims).values()
+        degree = max(c.degree for c in cuts)
+        local = numel // shape[dim] * len(indices(layout, 0))
+        padded = max(c.padded * c.parts if c.padded != c.rows else 0 for c in cuts)
+        found.append(ParameterShare(name, shape, dim, degree, str(layout), local, padded, ""))
+    return tuple(found)
+
+
+def stored_dim(dims: tuple[Axis, ...], assignment: Assignment) -> int | None:
+    """The dimension by which a parameter is stored split, or None where it is stored whole.
+
+    It is stored split only where every rank of the group holds a share of its own: key/value heads
+    fewer than the ranks stay whole, each rank using the rows of its heads.
+    """
+    split = [i for i, axis in enumerate(dims) if is_split(assignment.layout(axis))]
+    if len(split) != 1:
+        return None
+    axis = dims[split[0]]
+    cuts = assignment.cuts_in([axis])
+    degree = max(c.degree for c in cuts.values())
+    return split[0] if fully_split(axis, assignment, degree) else None
+
+
+def fully_split(axis: Axis, assignment: Assignment, degree: int) -> bool:
+    """Whether every element of the dimension belongs to exactly one rank of the group."""
+    axis = axis.find()
+    if axis.parts is not None:
+        return all(fully_split(p, assignment, degree) for p in axis.parts)
+    cuts = assignment.cuts_in([axis])
+    if axis.factors is not None:
+        composed = [f.find() for f in axis.factors if f.find().parts is not None]
+        for factor in composed:
+            inside = assignment.cuts_in([factor])
+            outside = math.prod(c.parts for a, c in cuts.items() if a not in inside)
+            if inside and not fully_split(factor, assignment, degree // outside):
+                return False
+        if any(assignment.cuts_in([factor]) for factor in composed):
+            return True
+    return math.prod(c.parts for c in cuts.values()) == degree
+
+
+def _why_whole(dims: tuple[Axis, ...], assignment: Assignment) -> str:
+    if assignment.cuts_in(dims):
+        return "fewer heads than ranks: whole on every rank, each uses its own rows"
+    reasons = [a.frozen for axis in dims for a in atoms_of(axis) if a.frozen]
+    return reasons[0] if reasons else "no region splits it"
+
+
+def _replicated(analysis: Analysis, assignment: Assignment) -> tuple[Whole, ...]:
+    hints = Hints(analysis.graph)
+    found = []
+    for node, call in analysis.axes.calls.items():
+        if not call.flops:
+            continue
+        every = [dims for dims in (*call.operands.values(), *call.outputs) if dims]
+        if any(assignment.cuts_in(dims) for dims in every):
+            continue
+        atoms = [a for dims in every for axis in dims for a in atoms_of(axis)]
+        reasons = dict.fromkeys(a.frozen for a in atoms if a.frozen and a.frozen.find("input") < 0)
+        reason = "; ".join(list(reasons)[:2]) or "its regions have degree 1"
+        name = f"{node.name} in {module_path(node) or 'the model'}"
+        found.append(Whole(name, hints(call.flops), reason))
+    return tuple(sorted(found, key=lambda w: -w.flops))
+
+
+def _sharded_fraction(analysis: Analysis, assignment: Assignment, tp: int) -> float:
+    """Share f of the matmul FLOPs that run on a shard."""
+    hints = Hints(analysis.graph)
+    total = split = 0
+    for call in analysis.axes.calls.values():
+        flops = hints(call.flops)
+        total += flops
+        every = (*call.operands.values(), *(d for d in call.outputs if d))
+        if any(assignment.cuts_in(dims) for dims in every):
+            split += flops
+    return split / total if total else 0.0

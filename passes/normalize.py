@@ -1,0 +1,214 @@
+"""Normalize: one spelling per operator.
+
+Before::
+
+    _assert_tensor_metadata(x, dtype=float32, device=cpu)
+    y = wrap_with_set_grad_enabled(False, submod_0, x)[0]
+    z = add_(scores, bias)              # later uses read ``scores``
+    w = cat([empty, k], -2)             # an empty cache of shape [0]
+
+After::
+
+    y = detach(cos(x))                  # nested graphs inlined
+    z = add(scores, bias)               # later uses read ``z``
+    w = k
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from autoshard.errors import CaptureError
+from autoshard.rules import where
+
+DROPPED = {
+    "_assert_tensor_metadata",
+    "_assert_scalar",
+    "_assert_async",
+    "sym_constrain_range_for_size",
+    "sym_constrain_range",
+}
+IDENTITIES = {"lift_fresh_copy", "lift_fresh", "detach_", "alias"}
+
+
+def normalize(
+    graph: fx.Graph, parameters: Collection[str], constants: Mapping[str, Tensor]
+) -> fx.Graph:
+    """One spelling per operator, in place; the graph is returned.
+
+    Args:
+        graph: as captured.
+        parameters: placeholders of parameters.
+        constants: placeholder -> value of tensors made in ``forward``.
+    """
+    _inline_nested(graph)
+    weighted = weight_dependent(graph, parameters)
+    for node in list(graph.nodes):
+        if node.op != "call_function":
+            continue
+        name = _name(node)
+        if name in DROPPED:
+            graph.erase_node(node)
+        elif name in IDENTITIES:
+            _replace(node, node.args[0])
+        elif name == "dropout" and not (node.args[2] and node.args[1]):
+            _replace(node, node.args[0])
+        elif name in ("cat", "concat", "concatenate"):
+            _drop_empty_operands(node)
+        elif name == "index":
+            _index_as_slice(node, constants)
+        elif name.endswith("_") and not name.startswith("_") and node in weighted:
+            _out_of_place(node)
+    for node in graph.nodes:
+        if node.op == "placeholder" and node.name in parameters and not node.users:
+            graph.erase_node(node)  # a tied parameter's other name
+    graph.eliminate_dead_code(lambda n: n.op in ("placeholder", "output") or _mutates(n))
+    graph.lint()
+    return graph
+
+
+def weight_dependent(graph: fx.Graph, parameters: Collection[str]) -> set[fx.Node]:
+    """The nodes whose value depends on a parameter."""
+    found: set[fx.Node] = set()
+    for node in graph.nodes:
+        if node.op == "placeholder":
+            if node.name in parameters:
+                found.add(node)
+        elif any(n in found for n in node.all_input_nodes):
+            found.add(node)
+    return found
+
+
+def _name(node: fx.Node) -> str:
+    if isinstance(node.target, torch._ops.OpOverload):
+        return str(node.target._schema.name.partition("::")[2])
+    return ""
+
+
+def _mutates(node: fx.Node) -> bool:
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return False
+    return node.target._schema.is_mutable
+
+
+def _replace(node: fx.Node, value: Any) -> None:
+    node.replace_all_uses_with(value)
+    node.graph.erase_node(node)
+
+
+def _inline_nested(graph: fx.Graph) -> None:
+    """Nested graphs under ``no_grad`` become part of the outer one, their results detached."""
+    module = graph.owning_module
+    for node in list(graph.nodes):
+        if not isinstance(node.target, torch._ops.HigherOrderOperator):
+            continue
+        kind = node.target.name()
+        if kind != "wrap_with_set_grad_enabled":
+            raise CaptureError(f"the nested graph {kind} is not supported yet ({where(node)})")
+        enabled, submodule, *operands = node.args
+        assert module is not None and isinstance(submodule, fx.Node)
+        inner = getattr(module, str(submodule.target)).graph
+        _inline_nested(inner)
+        with graph.inserting_before(node):
+            results = _copy_into(graph, inner, operands)
+            if not enabled:
+                results = [_detached(graph, r) for r in results]
+        for user in list(node.users):
+            if user.target is operator.getitem:
+                _replace(user, results[user.args[1]])
+            else:
+                raise CaptureError(f"the nested graph's results are used as one ({where(node)})")
+        graph.erase_node(node)
+        if not submodule.users:
+            graph.erase_node(submodule)
+
+
+def _copy_into(graph: fx.Graph, inner: fx.Graph, operands: list[Any]) -> list[Any]:
+    values: dict[fx.Node, Any] = {}
+    given = iter(operands)
+    for node in inner.nodes:
+        if node.op == "placeholder":
+            values[node] = next(given)
+        elif node.op == "output":
+            outputs = node.args[0]
+            flat = outputs if isinstance(outputs, (tuple, list)) else [outputs]
+            return [values[o] if isinstance(o, fx.Node) else o for o in flat]
+        else:
+            values[node] = graph.node_copy(node, lambda n: values[n])
+    raise AssertionError("a graph without an output")
+
+
+def _detached(graph: fx.Graph, value: Any) -> Any:
+    if not (isinstance(value, fx.Node) and isinstance(value.meta.get("val"), Tensor)):
+        return value
+    if not value.meta["val"].is_floating_point():
+        return value
+    node = graph.call_function(torch.ops.aten.detach.default, (value,))
+    node.meta = dict(value.meta)
+    return node
+
+
+def _drop_empty_operands(node: fx.Node) -> None:
+    """``cat`` passes over operands of shape [0], whatever the rank of the others."""
+    operands = [n for n in node.args[0] if tuple(n.meta["val"].shape) != (0,)]  # type: ignore[union-attr]
+    if len(operands) == 1:
+        _replace(node, operands[0])
+    elif 0 < len(operands) < len(node.args[0]):  # type: ignore[arg-type]
+        node.args = (operands, *node.args[1:])
+
+
+def _index_as_slice(node: fx.Node, constants: Mapping[str, Tensor]) -> None:
+    """``x[..., [i]]`` with a constant list of one number is a slice."""
+    source, indices = node.args[0], node.args[1]
+    assert isinstance(source, fx.Node) and isinstance(indices, (list, tuple))
+    given = [(d, i) for d, i in enumerate(indices) if i is not None]
+    if len(given) != 1 or not isinstance(given[0][1], fx.Node):
+        return
+    dim, index = given[0]
+    value = constants.get(index.name)
+    size = source.meta["val"].shape[dim]
+    if value is None or value.dim() != 1 or value.numel() != 1 or not isinstance(size, int):
+        return
+    start = int(value.item()) % size
+    with node.graph.inserting_before(node):
+        new = node.graph.call_function(
+            torch.ops.aten.slice.Tensor, (source, dim, start, start + 1)
+        )
+    new.meta = dict(node.meta)
+    _replace(node, new)
+
+
+def _out_of_place(node: fx.Node) -> None:
+    """``y = f_(x)`` becomes ``y = f(x)`` and later uses of x read y, where x is no view."""
+    target = node.target
+    assert isinstance(target, torch._ops.OpOverload)
+    name = _name(node)[:-1]
+    packet = getattr(getattr(torch.ops, target.namespace), name, None)
+    overload = getattr(packet, target._overloadname, None) if packet is not None else None
+    operand = node.args[0]
+    if overload is None or not isinstance(operand, fx.Node) or _is_view(operand):
+        raise CaptureError(f"an in-place operator on a view is not supported yet: {where(node)}")
+    later: set[fx.Node] = set()
+    cursor = node.next
+    while cursor.op != "root":
+        later.add(cursor)
+        cursor = cursor.next
+    if any(_is_view(user) for user in operand.users if user not in later and user is not node):
+        raise CaptureError(f"an in-place operator on a viewed tensor: {where(node)}")
+    node.target = overload
+    operand.replace_all_uses_with(node, delete_user_cb=lambda user: user in later)
+
+
+def _is_view(node: fx.Node) -> bool:
+    if node.op == "placeholder" or node.target is operator.getitem:
+        return True
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return False
+    return any(
+        r.alias_info is not None and not r.alias_info.is_write for r in node.target._schema.returns
+    )
