@@ -164,8 +164,8 @@ def _checked(mesh: DeviceMesh, tp: int) -> DeviceMesh:
         if bool((mesh.mesh.diff(dim=dim) < 0).any()):
             raise ValueError(
                 f"the mesh {mesh.mesh.tolist()} does not number its ranks in ascending order, "
-                f"and torch's process groups do: a DTensor on it would be gathered in another "
-                f"order than it was split; sort the ranks along each dimension"
+                f"and torch's process groups do: which part of a DTensor a rank holds would be "
+                f"ambiguous; sort the ranks along each dimension"
             )
     return mesh
 

@@ -97,8 +97,7 @@ def vocab_embedding(
     Source: arXiv 1909.08053, section 3.
     """
     _check_indices(ids, vocab, "id", "the vocabulary")
-    start = group.coordinate * rows
-    return _apply(_VocabEmbedding, weight, ids, start, min(rows, vocab - start), padding_idx)
+    return _apply(_VocabEmbedding, weight, ids, group.coordinate * rows, rows, padding_idx)
 
 
 def vocab_cross_entropy(
@@ -246,9 +245,9 @@ class _Scatter(torch.autograd.Function):
 class _VocabEmbedding(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, weight: Tensor, ids: Tensor, start: int, width: int, padding_idx: int
+        ctx: Any, weight: Tensor, ids: Tensor, start: int, rows: int, padding_idx: int
     ) -> Tensor:
-        inside = (ids >= start) & (ids < start + width)
+        inside = (ids >= start) & (ids < start + rows)
         local = torch.where(inside, ids - start, 0)
         # embedding_dense_backward skips the index that it is told is padding.
         learnt = inside if padding_idx < 0 else inside & (ids != padding_idx)

@@ -74,7 +74,7 @@ def collective(name: str, dtype: torch.dtype, group: Group) -> tuple[Tensor, Ten
     rank = group.coordinate
     x = numbers(4, 2 * group.degree, seed=rank, dtype=dtype).requires_grad_()
     op = getattr(ops, name)
-    y = op(x, -1, group) if name in ("gather", "scatter") else op(x, group)
+    y: Tensor = op(x, -1, group) if name in ("gather", "scatter") else op(x, group)
     dy = numbers(*y.shape, seed=100 + rank, dtype=dtype)
     torch.autograd.backward(y, dy)
     return y.detach(), grad_of(x)
@@ -149,6 +149,10 @@ def test_reduce_in_place_reuses_only_fresh_memory() -> None:
             kept = other.detach().clone()
             ops.reduce(other, group, inplace=True)
             assert torch.equal(other, kept)
+        needed = w.exp()  # autograd keeps the result of exp
+        result = ops.reduce(needed, group, inplace=True)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            result.sum().backward()
 
     run_ranks(reuse, 2)
 

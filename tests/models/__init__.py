@@ -1,1 +1,1 @@
-"""Models that the tests split: plain single-GPU PyTorch, as their authors would write them."""
+"""Models to test with, in plain PyTorch as their authors would write them."""
