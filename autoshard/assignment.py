@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from autoshard.axes import Axis, Size, atoms_of
 from autoshard.layouts import Concat, Layout, Leaf, Product
 
-ALIGNMENT = 128  # rows of a padded vocabulary per rank (paper, appendix: multiples of 128·tp)
+ALIGNMENT = 128  # a rank's rows of a vocabulary are padded to a multiple (paper, section 5.1)
+ALIGNED_FROM = 1024  # fewer rows than this are not worth it
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class Assignment:
         assert isinstance(atom.size, int)
         rows = -(-atom.size // parts)
         padded = rows
-        if paddable and (atom.size % parts or rows % 8):
+        if paddable and rows >= ALIGNED_FROM and (atom.size % parts or rows % 8):
             padded = -(-rows // ALIGNMENT) * ALIGNMENT
         self.cuts[atom] = Cut(degree, parts, stride, rows, padded)
 

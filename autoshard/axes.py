@@ -24,7 +24,15 @@ Size = int | sympy.Expr
 
 
 class AxisMismatch(Exception):
-    """Two terms have no common refinement. The caller freezes both."""
+    """Two terms have no common refinement. The caller freezes what could not be aligned.
+
+    Attributes:
+        rest: the axes that could not be aligned, where that is less than everything.
+    """
+
+    def __init__(self, message: str, rest: Sequence[Axis] = ()) -> None:
+        super().__init__(message)
+        self.rest = tuple(rest)
 
 
 class Axis:
@@ -139,6 +147,7 @@ def product(factors: Sequence[Axis]) -> Axis:
 
 def concatenation(parts: Sequence[Axis]) -> Axis:
     """The axis that is the ordered concatenation of parts."""
+    parts = [p for p in parts if p.find().size != 0] or list(parts[:1])
     if len(parts) == 1:
         return parts[0]
     axis = Axis(sum((p.find().size for p in parts[1:]), parts[0].find().size))
@@ -198,9 +207,9 @@ def unify_products(left: Sequence[Axis], right: Sequence[Axis]) -> None:
             unify(first, x)
             ys[:0] = factors_of(rest)
         else:
-            raise AxisMismatch(f"{x.size} and {y.size}")
+            raise AxisMismatch(f"{x.size} and {y.size}", [x, y, *xs, *ys])
     if xs or ys:
-        raise AxisMismatch(f"left over: {xs or ys}")
+        raise AxisMismatch(f"left over: {xs or ys}", [*xs, *ys])
 
 
 def divide(axis: Axis, outer: Size) -> tuple[Axis, Axis]:

@@ -22,6 +22,7 @@ from torch.export.graph_signature import InputKind
 from torch.utils import _pytree as pytree
 
 from autoshard import huggingface
+from autoshard.autograd_functions import noticed
 from autoshard.errors import CaptureError
 
 
@@ -88,7 +89,7 @@ def capture(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     args, kwargs = pytree.tree_map_only(Tensor, torch.clone, (args, kwargs))
     shapes = pytree.tree_map(_symbolic, (args, kwargs))
     signature_shapes = _by_name(model, shapes)
-    with _quiet(), _notice_autograd_functions() as functions:
+    with _quiet(), noticed() as functions:
         try:
             program = torch.export.export(
                 model, args, kwargs, dynamic_shapes=signature_shapes, strict=False
@@ -100,13 +101,13 @@ def capture(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
                 )
             except Exception:
                 raise CaptureError(_explain(error)) from error
-    if functions:
-        names = ", ".join(sorted(functions))
-        raise CaptureError(
-            f"the model calls its own autograd.Function ({names}), whose backward the capture would "
-            "drop without a word. Write it with differentiable operators, or register it as an "
-            "operator with torch.library.custom_op and register_autograd."
-        )
+    for function in functions:
+        if not function.is_its_own_derivative():
+            raise CaptureError(
+                f"the model calls its own autograd.Function {function.name}, whose backward is not "
+                "the derivative of its forward; the capture would drop it without a word. Register "
+                "it as an operator with torch.library.custom_op and register_autograd."
+            )
     first = tied_names(model)
     parameters: dict[str, str] = {}
     buffers: dict[str, str] = {}
@@ -191,25 +192,6 @@ def _quiet() -> Iterator[None]:
             yield
         finally:
             logger.setLevel(level)
-
-
-@contextlib.contextmanager
-def _notice_autograd_functions() -> Iterator[set[str]]:
-    """Collect the names of the model's own ``autograd.Function`` classes that are applied."""
-    met: set[str] = set()
-    function = torch.autograd.Function
-    original = function.__dict__["apply"]
-
-    def apply(cls: type, *args: Any, **kwargs: Any) -> Any:
-        if not cls.__module__.startswith("torch."):
-            met.add(f"{cls.__module__}.{cls.__qualname__}")
-        return original.__get__(None, cls)(*args, **kwargs)
-
-    function.apply = classmethod(apply)  # type: ignore[assignment, method-assign]
-    try:
-        yield met
-    finally:
-        function.apply = original  # type: ignore[method-assign]
 
 
 def _guards(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, cast
 
 import torch
 import torch.distributed as dist
@@ -12,9 +12,14 @@ from autoshard.random_streams import RandomStream
 
 ReduceOp = Literal["sum", "max"]
 
+_functional = torch.ops._c10d_functional
 # torch 2.13 gave all_gather_into_tensor this name.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _REDUCE_OPS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}
+
+
+def _wait(x: Tensor) -> Tensor:
+    return cast(Tensor, _functional.wait_tensor(x))
 
 
 class Group(Protocol):
@@ -74,11 +79,14 @@ class SingleGroup:
 class ProcessGroupComm:
     """A group on a `torch.distributed` process group (NCCL, gloo), whose ranks are coordinates.
 
-    A copy of a module shares its groups with the module: a communicator cannot be copied.
+    A copy of a module shares its groups with the module: a communicator cannot be copied. Within
+    torch.compile functional collectives are used: torch 2.11 compiles an all-reduce in place,
+    inside an autograd.Function, to one whose gradient is zero.
     """
 
     def __init__(self, process_group: dist.ProcessGroup, stream: RandomStream) -> None:
         self.process_group = process_group
+        self._name: str = process_group.group_name
         self.stream = stream
         self.degree: int = process_group.size()
         self.coordinate: int = process_group.rank()
@@ -86,6 +94,8 @@ class ProcessGroupComm:
     def all_reduce(self, x: Tensor, op: ReduceOp = "sum", *, inplace: bool = False) -> Tensor:
         """One all-reduce."""
         x = x.detach()
+        if torch.compiler.is_compiling():
+            return _wait(_functional.all_reduce(x.contiguous(), op, self._name))
         if not (inplace and x.is_contiguous()):
             x = x.clone(memory_format=torch.contiguous_format)
         dist.all_reduce(x, _REDUCE_OPS[op], group=self.process_group)
@@ -94,6 +104,9 @@ class ProcessGroupComm:
     def all_gather(self, x: Tensor) -> list[Tensor]:
         """One all-gather into one buffer, of which the results are views."""
         x = x.detach().contiguous()
+        if torch.compiler.is_compiling():
+            flat = _functional.all_gather_into_tensor(x.view(-1), self.degree, self._name)
+            return list(_wait(flat).view(self.degree, *x.shape).unbind())
         buffer = x.new_empty((self.degree * x.numel(),))
         _all_gather(buffer, x.view(-1), group=self.process_group)
         return list(buffer.view(self.degree, *x.shape).unbind())

@@ -135,6 +135,22 @@ def indices(layout: Layout, coordinate: int) -> tuple[int, ...]:
     return held
 
 
+def share_size(layout: Layout, coordinate: int) -> int:
+    """Number of elements that the rank at ``coordinate`` holds."""
+    if isinstance(layout, Leaf):
+        chunk = -(-layout.size // layout.parts)
+        begin = min(coordinate // layout.stride % layout.parts * chunk, layout.size)
+        return min(begin + chunk, layout.size) - begin
+    if isinstance(layout, Product):
+        return math.prod(share_size(f, coordinate) for f in layout.factors)
+    return sum(share_size(p, coordinate) for p in layout.parts)
+
+
+def is_disjoint(layout: Layout, degree: int) -> bool:
+    """Whether every element belongs to exactly one rank of the group."""
+    return sum(share_size(layout, r) for r in range(degree)) == whole_size(layout)
+
+
 @lru_cache(maxsize=4096)
 def is_contiguous(layout: Layout, degree: int) -> bool:
     """Whether the ranks' shares, in rank order, are the dimension cut like ``torch.chunk`` does."""

@@ -30,6 +30,7 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 NONE, MEAN, SUM = 0, 1, 2  # at::Reduction
+PART_BYTES = 32 * 2**20  # of the temporary tensors of the cross entropy
 
 
 def copy(x: Tensor, group: Group) -> Tensor:
@@ -48,6 +49,15 @@ def reduce(x: Tensor, group: Group, inplace: bool = False) -> Tensor:
     saves one copy; only for an `x` that nothing else uses (views and leaves are copied anyway).
     """
     return x if group.degree == 1 else _apply(_Reduce, x, group, inplace)
+
+
+def leave(x: Tensor, group: Group) -> Tensor:
+    """Identity forward, 1/degree backward: `y = x`, `dx = dy / degree`.
+
+    Stands where a value that is the same on all ranks, but whose gradient is a sum over them,
+    leaves a region: `dy` is whole on every rank and must be counted once.
+    """
+    return x if group.degree == 1 else _apply(_Leave, x, group.degree)
 
 
 def gather(x: Tensor, dim: int, group: Group) -> Tensor:
@@ -214,6 +224,18 @@ class _Reduce(torch.autograd.Function):
         return dy, None, None
 
 
+class _Leave(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, degree: int) -> Tensor:
+        ctx.degree = degree
+        return x.view_as(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        return dy / ctx.degree, None
+
+
 class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, dim: int, group: Group) -> Tensor:
@@ -316,19 +338,17 @@ class _VocabCrossEntropy(torch.autograd.Function):
             maximum = token_weight.new_full(target.shape, -torch.inf)
         maximum = split.group.all_reduce(maximum, "max")
 
-        shifted = own - maximum.unsqueeze(dim)
-        place, inside = split.local(target)
-        if split.width:
-            picked = torch.where(inside, shifted.gather(dim, place).squeeze(dim), 0)
-        else:
-            picked = torch.zeros_like(maximum)
-        parts = [picked]
-        if smoothing:
-            weighted = shifted if weight is None else shifted * split.own_weight(weight, own.ndim)
-            parts.append(weighted.sum(dim))
-        parts.append(shifted.exp_().sum(dim))
-        del shifted
-        picked, *smooth, total = split.group.all_reduce(torch.stack(parts)).unbind()
+        sums = maximum.new_zeros((3 if smoothing else 2, *target.shape))
+        for some in _parts(own, dim):
+            shifted = own[some] - maximum[some].unsqueeze(dim)
+            if split.width:
+                place, inside = split.local(target[some])
+                sums[0][some] = torch.where(inside, shifted.gather(dim, place).squeeze(dim), 0)
+            if smoothing:
+                spread = shifted if weight is None else shifted * split.own_weight(weight, own.ndim)
+                sums[2][some] = spread.sum(dim)
+            sums[1][some] = shifted.exp_().sum(dim)
+        picked, total, *smooth = split.group.all_reduce(sums, inplace=True).unbind()
 
         log_total = total.log()
         loss = (1 - smoothing) * token_weight * (log_total - picked)
@@ -350,20 +370,33 @@ class _VocabCrossEntropy(torch.autograd.Function):
         mass = split.classes if weight is None else weight.sum()
 
         own = split.own(logits)
-        dz = (own - maximum.unsqueeze(dim)).exp_()
-        dz.mul_(((hit + mass * spread) / total).unsqueeze(dim))
-        if smoothing:
-            spread = spread.unsqueeze(dim)
-            dz.sub_(spread if weight is None else spread * split.own_weight(weight, own.ndim))
-        if split.width:
-            place, inside = split.local(target)
-            dz.scatter_add_(dim, place, -torch.where(inside, hit, 0).unsqueeze(dim))
-        if split.width == logits.shape[dim]:
-            dlogits = dz.to(logits.dtype)
-        else:
-            dlogits = torch.zeros_like(logits)
-            dlogits.narrow(dim, 0, split.width).copy_(dz)
+        dlogits = torch.empty_like(logits, memory_format=torch.contiguous_format)
+        dlogits.narrow(dim, split.width, logits.shape[dim] - split.width).zero_()
+        down = split.own(dlogits)
+        for some in _parts(own, dim):
+            dz = (own[some] - maximum[some].unsqueeze(dim)).exp_()
+            dz.mul_(((hit[some] + mass * spread[some]) / total[some]).unsqueeze(dim))
+            if smoothing:
+                even = spread[some].unsqueeze(dim)
+                dz.sub_(even if weight is None else even * split.own_weight(weight, own.ndim))
+            if split.width:
+                place, inside = split.local(target[some])
+                dz.scatter_add_(dim, place, -torch.where(inside, hit[some], 0).unsqueeze(dim))
+            down[some] = dz
         return dlogits, None, None, None, None, None, None
+
+
+def _parts(logits: Tensor, class_dim: int) -> list[Any]:
+    """Indices that cut the tokens in parts whose float32 logits take about PART_BYTES.
+
+    Temporary tensors then stay small (and in the cache of a GPU) beside the logits. The compiler
+    needs no such help.
+    """
+    size = 4 * logits.numel()
+    if class_dim == 0 or size <= PART_BYTES or torch.compiler.is_compiling():
+        return [...]
+    step = max(1, logits.shape[0] * PART_BYTES // size)
+    return [slice(start, start + step) for start in range(0, logits.shape[0], step)]
 
 
 def _is_leaf(x: Tensor) -> bool:

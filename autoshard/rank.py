@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -14,6 +15,9 @@ from autoshard.groups import Group
 from autoshard.passes.shard import Sharded
 
 
+_CODEGEN = threading.Lock()
+
+
 def rank_module(sharded: Sharded, group: Callable[[int], Group]) -> fx.GraphModule:
     """The graph with its groups bound: a GraphModule over placeholder values, in order."""
     attributes = {
@@ -21,7 +25,8 @@ def rank_module(sharded: Sharded, group: Callable[[int], Group]) -> fx.GraphModu
         for node in sharded.graph.nodes
         if node.op == "get_attr"
     }
-    return fx.GraphModule(attributes, sharded.graph, class_name="RankGraph")  # type: ignore[arg-type]
+    with _CODEGEN:  # naming nodes is not safe among threads
+        return fx.GraphModule(attributes, sharded.graph, class_name="RankGraph")  # type: ignore[arg-type]
 
 
 def local_share(whole: Tensor, stored: tuple[int, layouts.Layout, int], coordinate: int) -> Tensor:

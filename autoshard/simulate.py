@@ -27,12 +27,11 @@ class RankAborted(RuntimeError):
 
 
 class _World:
-    """What the threads share: one condition variable, the meetings, who failed and who ended."""
+    """What the threads share: one condition variable, the meetings, and who has ended."""
 
     def __init__(self, timeout: float) -> None:
         self.changed = threading.Condition()
         self.timeout = timeout
-        self.failed: int | None = None
         self.ended: set[int] = set()
         self.meetings: dict[tuple[int, ...], _Meeting] = {}
 
@@ -40,11 +39,10 @@ class _World:
         with self.changed:
             return self.meetings.setdefault(ranks, _Meeting(self, ranks))
 
-    def leave(self, rank: int, *, failed: bool) -> None:
+    def leave(self, *ranks: int) -> None:
+        """These ranks, having returned or raised, will come to no more meetings."""
         with self.changed:
-            if failed and self.failed is None:
-                self.failed = rank
-            self.ended.add(rank)
+            self.ended.update(ranks)
             self.changed.notify_all()
 
 
@@ -76,9 +74,7 @@ class _Meeting:
             ):
                 raise TimeoutError(f"{self._waiting(what)} for {self.world.timeout:g} s")
             if self.round == this_round:
-                failed = self.world.failed
-                reason = f": rank {failed} failed" if failed is not None else ", which ended"
-                raise RankAborted(self._waiting(what) + reason)
+                raise RankAborted(f"{self._waiting(what)}, which had ended")
             everyone = self.last
         calls = [f"{name} of {tuple(y.shape)} {y.dtype}" for name, y in everyone]
         if len(set(calls)) > 1:
@@ -88,7 +84,7 @@ class _Meeting:
 
     def _hopeless(self) -> bool:
         missing = set(self.ranks) - self.brought.keys()
-        return self.world.failed is not None or not missing.isdisjoint(self.world.ended)
+        return not missing.isdisjoint(self.world.ended)
 
     def _waiting(self, what: str) -> str:
         missing = [r for r in self.ranks if r not in self.brought]
@@ -193,7 +189,7 @@ def run_ranks(
         except BaseException as error:
             errors[rank] = error
         finally:
-            world.leave(rank, failed=rank in errors)
+            world.leave(rank)
 
     threads = [threading.Thread(target=work, args=(r,), name=f"rank {r}") for r in range(tp)]
     for thread in threads:
@@ -202,7 +198,7 @@ def run_ranks(
         for thread in threads:
             thread.join()
     except BaseException:
-        world.leave(0, failed=True)
+        world.leave(*range(tp))
         for thread in threads:
             thread.join()
         raise

@@ -16,7 +16,6 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from autoshard import capture as capturing
-from autoshard.axes import Axis, atoms_of
 from autoshard.errors import AutoshardError
 from autoshard.exactly import edit_exactly, exactly
 from autoshard.inputs import normalized_inputs
@@ -119,7 +118,7 @@ def compare(
     """Compare a rewritten graph, run on simulated ranks, with the model run eagerly."""
     with exactly(dtype):
         subject.zero_grad()
-        reference = pytree.tree_leaves(_plain(subject(*_clone(args), **_clone(kwargs))))
+        reference = pytree.tree_leaves(subject(*_clone(args), **_clone(kwargs)))
         _objective(reference).backward()
     expected = {
         name: torch.zeros_like(p) if p.grad is None else p.grad.detach().clone()
@@ -307,21 +306,12 @@ def _clone(value: Any) -> Any:
     return pytree.tree_map_only(Tensor, lambda t: t.clone(), value)
 
 
-def _plain(value: Any) -> Any:
-    return value
-
-
 def _output_names(program: Program, count: int) -> list[str]:
     node = next(n for n in reversed(program.captured.graph.nodes) if n.op == "output")
     names = [n.name if isinstance(n, fx.Node) else str(i) for i, n in enumerate(node.args[0])]
+    names += [str(i) for i in range(len(names), count)]
     spec = program.captured.out_spec
-    try:
-        paths = pytree.tree_flatten_with_path(pytree.tree_unflatten(list(range(count)), spec))[0]
-        return [pytree.keystr(path).strip(".[]'\"") or names[i] for i, (path, _) in enumerate(paths)]
-    except Exception:
-        return (names + [str(i) for i in range(count)])[:count]
-
-
-def split_axes(dims: tuple[Axis, ...]) -> list[Axis]:
-    """All atoms of some dimensions."""
-    return [atom for axis in dims for atom in atoms_of(axis)]
+    paths = pytree.tree_flatten_with_path(pytree.tree_unflatten(list(range(count)), spec))[0]
+    if len(paths) != count:
+        return names
+    return [pytree.keystr(path).strip(".[]'\"") or names[i] for i, (path, _) in enumerate(paths)]

@@ -17,7 +17,7 @@ from torch import fx
 from autoshard.assignment import Assignment
 from autoshard.axes import Axis, atoms_of
 from autoshard.errors import PlanError
-from autoshard.layouts import indices, is_split
+from autoshard.layouts import is_disjoint, is_split, share_size
 from autoshard.passes.assign_axes import Axes
 from autoshard.passes.match import Candidate, Found, Hints
 from autoshard.plans import ParameterShare, Plan, Region, Whole
@@ -207,7 +207,7 @@ def _parameters(analysis: Analysis, assignment: Assignment) -> tuple[ParameterSh
         layout = assignment.layout(dims[dim])
         cuts = assignment.cuts_in(dims).values()
         degree = max(c.degree for c in cuts)
-        local = numel // shape[dim] * len(indices(layout, 0))
+        local = numel // shape[dim] * share_size(layout, 0)
         padded = max(c.padded * c.parts if c.padded != c.rows else 0 for c in cuts)
         found.append(ParameterShare(name, shape, dim, degree, str(layout), local, padded, ""))
     return tuple(found)
@@ -225,25 +225,7 @@ def stored_dim(dims: tuple[Axis, ...], assignment: Assignment) -> int | None:
     axis = dims[split[0]]
     cuts = assignment.cuts_in([axis])
     degree = max(c.degree for c in cuts.values())
-    return split[0] if fully_split(axis, assignment, degree) else None
-
-
-def fully_split(axis: Axis, assignment: Assignment, degree: int) -> bool:
-    """Whether every element of the dimension belongs to exactly one rank of the group."""
-    axis = axis.find()
-    if axis.parts is not None:
-        return all(fully_split(p, assignment, degree) for p in axis.parts)
-    cuts = assignment.cuts_in([axis])
-    if axis.factors is not None:
-        composed = [f.find() for f in axis.factors if f.find().parts is not None]
-        for factor in composed:
-            inside = assignment.cuts_in([factor])
-            outside = math.prod(c.parts for a, c in cuts.items() if a not in inside)
-            if inside and not fully_split(factor, assignment, degree // outside):
-                return False
-        if any(assignment.cuts_in([factor]) for factor in composed):
-            return True
-    return math.prod(c.parts for c in cuts.values()) == degree
+    return split[0] if is_disjoint(assignment.layout(axis), degree) else None
 
 
 def _why_whole(dims: tuple[Axis, ...], assignment: Assignment) -> str:

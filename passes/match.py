@@ -28,8 +28,11 @@ from autoshard.passes.assign_axes import Axes
 from autoshard.rules import Call
 from autoshard.rules.call import Dims, module_path
 
-# A collective's fixed cost in elements: about 10 us at 300 GB/s and 2 bytes (only ranks candidates).
-LATENCY = 1_500_000
+# What every symbolic size counts as when candidates are ranked: traced sizes are tiny.
+NOMINAL = 1024
+
+# An axis that only passes (a vocabulary) is padded where it does not divide, from so many rows a rank.
+PADDED_FROM = 8
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,10 +92,11 @@ class Candidate:
 
 
 class Hints:
-    """Sizes of symbols as they were traced."""
+    """Sizes of symbols as they were traced, or a nominal one for all."""
 
-    def __init__(self, graph: fx.Graph) -> None:
+    def __init__(self, graph: fx.Graph, nominal: int | None = None) -> None:
         self.symbols: dict[Any, int] = {}
+        self.nominal = nominal
         for node in graph.nodes:
             value = node.meta.get("val")
             for item in value if isinstance(value, (list, tuple)) else [value]:
@@ -104,7 +108,7 @@ class Hints:
     def _learn(self, size: Any) -> None:
         if isinstance(size, torch.SymInt) and size.node.expr.is_Symbol:
             if size.node.expr not in self.symbols and size.node.has_hint():
-                self.symbols[size.node.expr] = size.node.hint
+                self.symbols[size.node.expr] = self.nominal or size.node.hint
 
     def __call__(self, size: Size) -> int:
         """The number that a size stands for."""
@@ -131,7 +135,7 @@ def match(graph: fx.Graph, axes: Axes, tp: int) -> tuple[Candidate, ...]:
     hints = Hints(graph)
     _freeze_repeated(axes)
     usable = _usable(axes)
-    uses = _Uses(axes, usable, hints)
+    uses = _Uses(axes, usable, Hints(graph, NOMINAL))
     chosen: list[Candidate] = []
     taken: set[Axis] = set()
     excluded: set[Axis] = set()
@@ -230,7 +234,7 @@ class _Uses:
             for atom in here:
                 self.flops[atom] += flops
                 if atom in summed:
-                    self.comm[atom] += size + LATENCY
+                    self.comm[atom] += size
                 for slot, dims in call.operands.items():
                     operand = call.tensor(*slot)
                     if operand not in axes.differentiable or (atom, operand) in copied:
@@ -238,7 +242,7 @@ class _Uses:
                     if not any(atom in atoms_of(axis) for axis in dims):
                         if slot not in call.added_once or atom not in summed:
                             copied.add((atom, operand))
-                            self.comm[atom] += hints.numel(dims) + LATENCY
+                            self.comm[atom] += hints.numel(dims)
         for node in axes.outputs:
             for axis in axes.dims[node]:
                 if not axis.find().is_atom:
@@ -323,7 +327,7 @@ def _with_companions(atom: Axis, uses: _Uses, tp: int, barred: set[Axis]) -> Spl
     would mostly repeat work.
     """
     assert isinstance(atom.size, int)
-    if atom in uses.lookups and atom not in uses.unpaddable:
+    if atom not in uses.unpaddable and atom.size >= PADDED_FROM * tp:
         return Split((atom,), paddable=True)
     atoms = [atom]
     missing = tp // math.gcd(atom.size, tp)
@@ -376,9 +380,10 @@ def _find_regions(
     graph: fx.Graph, axes: Axes, uses: _Uses, candidates: list[Candidate]
 ) -> None:
     order = {node: i for i, node in enumerate(graph.nodes)}
+    weights = _weights(axes)
     for candidate in candidates:
         for calls in _components(candidate, axes):
-            kind = _kind(calls, candidate, axes)
+            kind = _kind(calls, candidate, axes, weights)
             name = _common_path(calls, axes)
             candidate.regions.append(Found(name, kind, sorted(calls, key=order.__getitem__)))
     regions = [r for c in candidates for r in c.regions]
@@ -447,20 +452,27 @@ def _users(node: fx.Node) -> Iterable[fx.Node]:
             yield from user.users
 
 
-def _kind(calls: list[fx.Node], candidate: Candidate, axes: Axes) -> str:
-    parameters = set(axes.parameters)
+def _kind(calls: list[fx.Node], candidate: Candidate, axes: Axes, weights: set[fx.Node]) -> str:
     matmuls = [n for n in calls if axes.calls[n].flops]
     if not matmuls:
         return "embedding"
-    weighted = axes.dims
     for node in matmuls:
-        operands = [n for n in node.all_input_nodes if n in weighted]
-        if sum(1 for n in operands if n not in parameters) > 1:
+        operands = [n for n in node.all_input_nodes if n in axes.dims]
+        if sum(1 for n in operands if n not in weights) > 1:
             return "attention"
     sums = {
         a for n in matmuls for axis in axes.calls[n].summed for a in atoms_of(axis)
     } & candidate.atoms
     return "mlp" if sums else "loss"
+
+
+def _weights(axes: Axes) -> set[fx.Node]:
+    """Parameters, and what is computed from parameters alone (a transposed weight)."""
+    found = set(axes.parameters)
+    for node in axes.calls:
+        if all(n in found for n in node.all_input_nodes):
+            found.add(node)
+    return found
 
 
 def _common_path(calls: list[fx.Node], axes: Axes) -> str:

@@ -36,9 +36,9 @@ from autoshard import ops, shares
 from autoshard.assignment import Assignment
 from autoshard.axes import Axis, Size, atoms_of
 from autoshard.errors import PlanError
-from autoshard.layouts import Layout, is_split
+from autoshard.layouts import Layout, is_contiguous, is_split
 from autoshard.passes.assign_axes import Axes
-from autoshard.passes.assign_degrees import fully_split, stored_dim
+from autoshard.passes.assign_degrees import stored_dim
 from autoshard.rules import Call, rule_for, where
 
 aten = torch.ops.aten
@@ -163,6 +163,9 @@ class _Sharder:
     def _call(self, node: fx.Node, call: Call) -> None:
         every = [*call.operands.values(), *(d for d in call.outputs if d is not None)]
         degree = max((self.assignment.degree(dims) for dims in every), default=1)
+        # A value inside a group may hold no split axis (one key head for all queries): its gradient
+        # is a partial sum all the same, so what is computed from it stays inside.
+        degree = max([degree, *(self.inside.get(n, 1) for n in node.all_input_nodes)])
         if degree == 1:
             self.env[node] = self._whole(node)
             return
@@ -366,6 +369,8 @@ class _Sharder:
                     args = (result, dim, group, cut.rows, axis.size)
                     result = self._create(value, "own", shares.own_rows, args)
                 return result, SplitOutput(dim, axis.size, degree)
+        if not split:
+            result = self._create(value, "leave", ops.leave, (result, group))
         for dim in split:
             axis = dims[dim].find()
             cut = self.assignment.cuts.get(axis)
@@ -375,7 +380,7 @@ class _Sharder:
                 result = self._create(value, "unpad", shares.unpad, args)
             else:
                 layout = self.assignment.layout(axis)
-                if not fully_split(axis, self.assignment, degree) or axis not in self.assignment.cuts:
+                if not is_contiguous(layout, degree):
                     args = (result, dim, str(layout), degree)
                     result = self._create(value, "order", shares.in_order, args)
         return result, None

@@ -19,10 +19,13 @@ def _pieces(call: Call, axis: Axis, bounds: list[int]) -> list[Axis]:
     try:
         pieces = []
         for begin, end in zip(bounds, bounds[1:], strict=False):
+            if begin == end:
+                pieces.append(Axis(0))
+                continue
             _, rest = axes.cut(axis, begin)
             inside = axes.concatenation(rest)
             before, _ = axes.cut(inside, end - begin)
-            pieces.append(axes.concatenation(before) if before else Axis(0))
+            pieces.append(axes.concatenation(before))
         return pieces
     except axes.AxisMismatch as mismatch:
         call.freeze((axis,), f"cut: {mismatch}")

@@ -19,7 +19,7 @@ def reshape(call: Call) -> None:
     try:
         axes.unify_products(old, new)
     except axes.AxisMismatch as mismatch:
-        call.freeze((*dims, *result), f"a view across axes: {mismatch}")
+        call.freeze(mismatch.rest or (*dims, *result), f"a view across axes: {mismatch}")
     call.outputs = [result]
 
 

@@ -1,0 +1,120 @@
+"""A model's own ``autograd.Function``: the capture keeps its forward and drops its backward.
+
+That is right where the backward is the derivative of the forward (a hand-written GELU), and silently
+wrong where it is not (a straight-through estimator). So each function met while capturing is
+judged: called on real random tensors of several scales, are its gradients those of its forward?
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+SCALES = (1e-2, 1.0, 3.0, 30.0)
+
+
+@dataclass(frozen=True)
+class Met:
+    """One call of an ``autograd.Function``: the class and its arguments, tensors as meta tensors."""
+
+    function: type[torch.autograd.Function]
+    arguments: tuple[Any, ...]
+
+    @property
+    def name(self) -> str:
+        """The function's qualified name."""
+        return f"{self.function.__module__}.{self.function.__qualname__}"
+
+    def is_its_own_derivative(self) -> bool:
+        """Whether the backward gives the gradients of the forward's operators, in float64."""
+        for seed, scale in enumerate(SCALES):
+            generator = torch.Generator().manual_seed(seed)
+            arguments = [_real(a, generator, scale) for a in self.arguments]
+            try:
+                own = _gradients(self.function.apply, arguments)
+                derived = _gradients(lambda *a: self.function.forward(_Context(), *a), arguments)
+            except Exception:
+                return False
+            if len(own) != len(derived):
+                return False
+            for a, b in zip(own, derived, strict=True):
+                if not torch.allclose(a, b, rtol=1e-6, atol=1e-9, equal_nan=True):
+                    return False
+        return True
+
+
+class _Context:
+    """Takes what ``forward`` gives to ``ctx`` and forgets it."""
+
+    needs_input_grad = (True,) * 64
+
+    def save_for_backward(self, *tensors: Any) -> None:
+        """Nothing is kept."""
+
+    def mark_non_differentiable(self, *tensors: Any) -> None:
+        """Nothing is marked."""
+
+    def set_materialize_grads(self, value: bool) -> None:
+        """Nothing is set."""
+
+
+def _real(value: Any, generator: torch.Generator, scale: float) -> Any:
+    if not isinstance(value, Tensor):
+        return value
+    if value.is_floating_point():
+        drawn = torch.randn(value.shape, generator=generator, dtype=torch.float64)
+        return (drawn * scale).requires_grad_()
+    return torch.zeros(value.shape, dtype=value.dtype)
+
+
+def _gradients(function: Any, arguments: list[Any]) -> list[Tensor]:
+    copies = [
+        a.detach().clone().requires_grad_(a.requires_grad) if isinstance(a, Tensor) else a
+        for a in arguments
+    ]
+    results = [
+        r for r in pytree.tree_leaves(function(*copies)) if isinstance(r, Tensor) and r.requires_grad
+    ]
+    generator = torch.Generator().manual_seed(0)
+    loss = sum(
+        (r * torch.randn(r.shape, generator=generator, dtype=torch.float64)).sum() for r in results
+    )
+    leaves = [a for a in copies if isinstance(a, Tensor) and a.requires_grad]
+    if not isinstance(loss, Tensor) or not leaves:
+        return []
+    found = torch.autograd.grad(loss, leaves, allow_unused=True)
+    return [torch.zeros_like(x) if g is None else g for x, g in zip(leaves, found, strict=True)]
+
+
+@contextlib.contextmanager
+def noticed() -> Iterator[list[Met]]:
+    """Collect the model's own functions that are applied inside, one call of each class."""
+    met: dict[type, Met] = {}
+    base = torch.autograd.Function
+    original = base.__dict__["apply"]
+
+    def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        if not cls.__module__.startswith("torch.") and cls not in met:
+            met[cls] = Met(cls, tuple(_described(a) for a in args))
+        return original.__get__(None, cls)(*args, **kwargs)
+
+    found: list[Met] = []
+    base.apply = classmethod(apply)  # type: ignore[assignment, method-assign]
+    try:
+        yield found
+    finally:
+        base.apply = original  # type: ignore[method-assign]
+        found.extend(met.values())
+
+
+def _described(value: Any) -> Any:
+    if not isinstance(value, Tensor):
+        return value
+    shape = [s if isinstance(s, int) else s.node.hint for s in value.shape]
+    return torch.empty(shape, dtype=value.dtype, device="meta")
