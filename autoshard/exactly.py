@@ -1,7 +1,7 @@
 """Running a model exactly: in float64, with dropout off, as captured graph and as eager module.
 
 Models cast to float32 here and there (norms, softmax, the loss). A comparison to 1e-10 needs these
-casts gone on both sides: in the graph by rewriting its dtypes, in eager by two torch modes.
+casts gone on both sides: in the graph by rewriting its dtypes, in eager by a torch mode.
 """
 
 from __future__ import annotations
@@ -12,33 +12,18 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+aten = torch.ops.aten
 LOWER = (torch.float16, torch.bfloat16, torch.float32)
 
 
-class _WithoutDropout(TorchFunctionMode):
-    """Calls of functional dropout do nothing; attention drops nothing."""
+class _Exact(TorchDispatchMode):
+    """Operators that ask for a lower floating dtype get ``dtype``; dropout's masks keep everything.
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        kwargs = dict(kwargs or {})
-        name = getattr(func, "__name__", "")
-        if name in ("dropout", "alpha_dropout", "feature_dropout", "dropout1d", "dropout2d"):
-            return args[0] if args else kwargs["input"]
-        if name == "scaled_dot_product_attention":
-            if len(args) > 4:
-                args = (*args[:4], 0.0, *args[5:])
-            elif "dropout_p" in kwargs:
-                kwargs["dropout_p"] = 0.0
-        return func(*args, **kwargs)
-
-
-class _Promoted(TorchDispatchMode):
-    """Every operator that asks for a lower floating dtype gets this one."""
+    Dropout is ``x * bernoulli(1 - p) / (1 - p)``, so a mask that is 1 - p everywhere is no dropout.
+    """
 
     def __init__(self, dtype: torch.dtype) -> None:
         super().__init__()
@@ -47,19 +32,27 @@ class _Promoted(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        args, kwargs = pytree.tree_map_only(
-            torch.dtype, lambda d: self.dtype if d in LOWER else d, (args, kwargs or {})
-        )
+        kwargs = kwargs or {}
+        if func is aten.bernoulli_.float:
+            return args[0].fill_(args[1] if len(args) > 1 else kwargs["p"])
+        if func is aten.native_dropout.default:
+            return args[0].clone(), torch.ones_like(args[0], dtype=torch.bool)
+        if func is aten.native_dropout_backward.default:
+            return args[0].clone()
+        if self.dtype is torch.float64:
+            args, kwargs = pytree.tree_map_only(
+                torch.dtype, lambda d: self.dtype if d in LOWER else d, (args, kwargs)
+            )
         return func(*args, **kwargs)
 
 
 @contextlib.contextmanager
 def exactly(dtype: torch.dtype) -> Iterator[None]:
-    """Eager code runs without dropout, and in ``dtype`` where that is float64."""
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(_WithoutDropout())
-        if dtype is torch.float64:
-            stack.enter_context(_Promoted(dtype))
+    """Eager code runs without dropout, and in ``dtype`` where that is float64.
+
+    Covers the backward too where it runs inside: what dropout saved for it is part of the forward.
+    """
+    with _Exact(dtype):
         yield
 
 
@@ -80,9 +73,9 @@ def edit_exactly(dtype: torch.dtype) -> Callable[[fx.Graph], None]:
                     lambda d: dtype if d in LOWER else d,
                     (tuple(node.args), dict(node.kwargs)),
                 )
-            if node.target is torch.ops.aten.dropout.default:
+            if node.target is aten.dropout.default:
                 node.args = (node.args[0], 0.0, *node.args[2:])
-            elif node.target is torch.ops.aten.scaled_dot_product_attention.default:
+            elif node.target is aten.scaled_dot_product_attention.default:
                 if len(node.args) > 4:
                     node.args = (*node.args[:4], 0.0, *node.args[5:])
                 elif "dropout_p" in node.kwargs:

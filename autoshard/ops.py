@@ -30,7 +30,7 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 NONE, MEAN, SUM = 0, 1, 2  # at::Reduction
-PART_BYTES = 32 * 2**20  # of the temporary tensors of the cross entropy
+PART_BYTES = 256 * 2**20  # of the temporary tensors of the cross entropy
 
 
 def copy(x: Tensor, group: Group) -> Tensor:
@@ -275,7 +275,7 @@ class _VocabEmbedding(torch.autograd.Function):
         learnt = inside if padding_idx < 0 else inside & (ids != padding_idx)
         ctx.save_for_backward(torch.where(learnt, local, -1))
         ctx.local_rows = weight.shape[0]
-        return F.embedding(local, weight).masked_fill_(~inside.unsqueeze(-1), 0)
+        return F.embedding(local, weight).masked_fill(~inside.unsqueeze(-1), 0)
 
     @staticmethod
     @once_differentiable
@@ -316,7 +316,9 @@ class _VocabCrossEntropy(torch.autograd.Function):
     """Loss per token, in the dtype of `token_weight`; ignored tokens have loss and gradient 0.
 
     With m the maximum and s the sum of exp(z - m): lse = m + log s, and all of the loss is written
-    in z - m, which is exact where the logits are large.
+    in z - m, which is exact where the logits are large. Of s this rank has the part
+    exp(m_r - m) s_r, from its own maximum and sum, and so softmax(z) is its own softmax times its
+    share of s: both come from fused kernels.
     """
 
     @staticmethod
@@ -333,64 +335,83 @@ class _VocabCrossEntropy(torch.autograd.Function):
         dim, dtype = split.dim, token_weight.dtype
         own = split.own(logits)
         if split.width:
-            maximum = own.amax(dim).to(dtype)
+            largest = own.amax(dim).to(dtype)
         else:
-            maximum = token_weight.new_full(target.shape, -torch.inf)
-        maximum = split.group.all_reduce(maximum, "max")
+            largest = token_weight.new_full(target.shape, -torch.inf)
+        maximum = split.group.all_reduce(largest, "max")
 
-        sums = maximum.new_zeros((3 if smoothing else 2, *target.shape))
-        for some in _parts(own, dim):
-            shifted = own[some] - maximum[some].unsqueeze(dim)
-            if split.width:
-                place, inside = split.local(target[some])
-                sums[0][some] = torch.where(inside, shifted.gather(dim, place).squeeze(dim), 0)
-            if smoothing:
-                spread = shifted if weight is None else shifted * split.own_weight(weight, own.ndim)
-                sums[2][some] = spread.sum(dim)
-            sums[1][some] = shifted.exp_().sum(dim)
-        picked, total, *smooth = split.group.all_reduce(sums, inplace=True).unbind()
+        picked = torch.zeros_like(largest)
+        log_sum = torch.zeros_like(largest)  # of this rank's exp(z - largest)
+        spread = torch.zeros_like(largest)
+        if split.width:
+            place, inside = split.local(target)
+            picked = torch.where(inside, own.gather(dim, place).squeeze(dim) - maximum, 0)
+            for some in _parts(own, dim):
+                # The largest logit's log probability among this rank's classes.
+                log_sum[some] = -F.log_softmax(own[some], dim, dtype=dtype).amax(dim)
+                if smoothing:
+                    shifted = own[some] - maximum[some].unsqueeze(dim)
+                    if weight is not None:
+                        shifted.mul_(split.own_weight(weight, own.ndim))
+                    spread[some] = shifted.sum(dim)
+        local = torch.where(largest == -torch.inf, 0, (largest - maximum + log_sum).exp())
+        sums = [picked, local, spread] if smoothing else [picked, local]
+        picked, total, *smooth = split.group.all_reduce(torch.stack(sums), inplace=True).unbind()
 
         log_total = total.log()
         loss = (1 - smoothing) * token_weight * (log_total - picked)
         if smoothing:
             mass = split.classes if weight is None else weight.sum()
             loss = loss + smoothing / split.classes * (mass * log_total - smooth[0])
-        ctx.save_for_backward(logits, target, valid, token_weight, weight, maximum, total)
+        ctx.save_for_backward(
+            logits, target, valid, token_weight, weight, local / total, picked.exp() / total
+        )
         ctx.split, ctx.smoothing = split, smoothing
         return torch.where(valid, loss, 0)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
-        logits, target, valid, token_weight, weight, maximum, total = ctx.saved_tensors
+        logits, target, valid, token_weight, weight, share, probability = ctx.saved_tensors
         split, smoothing = ctx.split, ctx.smoothing
-        dim = split.dim
+        dim, dtype = split.dim, token_weight.dtype
+        mass = split.classes if weight is None else weight.sum()
         hit = torch.where(valid, (1 - smoothing) * token_weight * dloss, 0)
         spread = torch.where(valid, smoothing / split.classes * dloss, 0)
-        mass = split.classes if weight is None else weight.sum()
+        both = hit + mass * spread
+        # Of a rank that holds none of the probability the softmax is nan.
+        scale, nothing = (share * both).unsqueeze(dim), (share == 0).unsqueeze(dim)
 
         own = split.own(logits)
         dlogits = torch.empty_like(logits, memory_format=torch.contiguous_format)
         dlogits.narrow(dim, split.width, logits.shape[dim] - split.width).zero_()
-        down = split.own(dlogits)
-        for some in _parts(own, dim):
-            dz = (own[some] - maximum[some].unsqueeze(dim)).exp_()
-            dz.mul_(((hit[some] + mass * spread[some]) / total[some]).unsqueeze(dim))
-            if smoothing:
-                even = spread[some].unsqueeze(dim)
-                dz.sub_(even if weight is None else even * split.own_weight(weight, own.ndim))
-            if split.width:
-                place, inside = split.local(target[some])
-                dz.scatter_add_(dim, place, -torch.where(inside, hit[some], 0).unsqueeze(dim))
-            down[some] = dz
+        if split.width:
+            dz = split.own(dlogits)
+            for some in _parts(own, dim):
+                softmax = F.softmax(own[some], dim, dtype=dtype)
+                if smoothing:
+                    even = spread[some].unsqueeze(dim)
+                    if weight is not None:
+                        even = even * split.own_weight(weight, own.ndim)
+                    softmax.mul_(scale[some]).masked_fill_(nothing[some], 0)
+                    dz[some] = softmax.sub_(even)
+                else:
+                    torch.mul(softmax, scale[some], out=dz[some])
+                    dz[some].masked_fill_(nothing[some], 0)
+            # The target's own, from numbers that are not yet rounded to the logits' dtype.
+            place, inside = split.local(target)
+            exact = (both * probability - hit - spread * token_weight).to(logits.dtype)
+            others = dz.gather(dim, place)
+            dz.scatter_(
+                dim, place, torch.where(inside.unsqueeze(dim), exact.unsqueeze(dim), others)
+            )
         return dlogits, None, None, None, None, None, None
 
 
 def _parts(logits: Tensor, class_dim: int) -> list[Any]:
     """Indices that cut the tokens in parts whose float32 logits take about PART_BYTES.
 
-    Temporary tensors then stay small (and in the cache of a GPU) beside the logits. The compiler
-    needs no such help.
+    Temporary tensors then stay small beside the logits. The compiler needs no such help.
     """
     size = 4 * logits.numel()
     if class_dim == 0 or size <= PART_BYTES or torch.compiler.is_compiling():

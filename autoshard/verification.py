@@ -240,7 +240,7 @@ def boundary_inputs(
         rows = -(-vocabulary // tp)
         edges = {0, vocabulary - 1}
         edges |= {e for r in range(1, tp) for e in (r * rows - 1, r * rows) if e < vocabulary}
-        tokens = sorted(edges) + ([-100] if is_loss else [])
+        tokens = sorted(edges) + ([call.arguments["ignore_index"]] if is_loss else [])
         flat = leaves[source].flatten().clone()
         room = max(1, flat.numel() // 2)
         chosen = (tokens[:1] + tokens[-1:] + tokens[1:-1])[:room]

@@ -15,17 +15,26 @@ After: ``w`` is ``[3·heads·16, hidden]``, ``view`` is ``[B, S, 3, heads, 16]``
 from __future__ import annotations
 
 import operator
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import Any
 
+import sympy
 import torch
 from torch import fx
 
-from autoshard.axes import Axis, freeze
+from autoshard.axes import Axis, Size, freeze, product_of
 from autoshard.rules import Call, bind, rule_for, where
-from autoshard.rules.call import Dims, is_tensor, shape_of
+from autoshard.rules.call import Dims, is_tensor, size_of
+from autoshard.rules.call import shape_of as plain_shape
 from autoshard.rules.views import frozen
+
+
+VIEWS = (
+    torch.ops.aten.view.default,
+    torch.ops.aten.reshape.default,
+    torch.ops.aten._unsafe_view.default,
+)
 
 
 @dataclass(eq=False)
@@ -63,6 +72,7 @@ def assign_axes(
     """
     result = Axes()
     weighted: dict[fx.Node, list[Dims | None]] = {}
+    shape_of = equal_symbols(graph)
 
     def dims_of(node: fx.Node) -> Dims:
         if node in result.dims:
@@ -99,7 +109,7 @@ def assign_axes(
             continue
         if not isinstance(node.target, torch._ops.OpOverload):
             raise TypeError(f"{node.target} is no ATen operator ({where(node)})")
-        call = Call(node, bind(node), dims_of)
+        call = Call(node, bind(node), dims_of, shape_of)
         rule = rule_for(node.target)
         if rule is None:
             result.unknown.append(where(node))
@@ -118,6 +128,44 @@ def assign_axes(
     for axis in _inputs_axes(result):
         freeze(axis, "a dimension of an input")
     return result
+
+
+def equal_symbols(graph: fx.Graph) -> Callable[[torch.Tensor], tuple[Size, ...]]:
+    """Shapes in which symbols that must be equal are one.
+
+    The labels' batch often has a symbol of its own. A view keeps the number of elements, so where
+    one side counts ``s0·64`` and the other ``s1·64``, s0 is s1.
+    """
+    same: dict[sympy.Symbol, sympy.Symbol] = {}
+
+    def shape(value: torch.Tensor) -> tuple[Size, ...]:
+        if not same:
+            return plain_shape(value)
+        return tuple(replaced(s) for s in plain_shape(value))
+
+    def replaced(size: Size) -> Size:
+        if isinstance(size, int):
+            return size
+        result = size.xreplace(same)
+        return int(result) if result.is_Integer else result
+
+    for node in graph.nodes:
+        if node.target not in VIEWS or not is_tensor(node) or not is_tensor(node.args[0]):
+            continue
+        before = shape(node.args[0].meta["val"])
+        after = tuple(
+            traced if given == -1 else given if isinstance(given, int)
+            else replaced(size_of(given.meta["val"]))
+            for given, traced in zip(node.args[1], shape(node.meta["val"]), strict=True)
+        )  # fmt: skip
+        if all(isinstance(s, int) for s in (*before, *after)):
+            continue
+        quotient = sympy.cancel(product_of(before) / sympy.sympify(product_of(after)))
+        top, bottom = sympy.fraction(quotient)
+        if top.is_Symbol and bottom.is_Symbol:
+            same.update({k: v.xreplace({top: bottom}) for k, v in same.items()})
+            same[top] = bottom
+    return shape
 
 
 def _inputs_axes(result: Axes) -> list[Axis]:

@@ -17,6 +17,7 @@ After::
 from __future__ import annotations
 
 import operator
+import sys
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -172,13 +173,14 @@ def _index_as_slice(node: fx.Node, constants: Mapping[str, Tensor]) -> None:
     dim, index = given[0]
     value = constants.get(index.name)
     size = source.meta["val"].shape[dim]
-    if value is None or value.dim() != 1 or value.numel() != 1 or not isinstance(size, int):
+    if value is None or value.dim() != 1 or value.numel() != 1:
         return
-    start = int(value.item()) % size
+    start = int(value.item())
+    if isinstance(size, int):
+        start %= size
+    end = sys.maxsize if start == -1 else start + 1
     with node.graph.inserting_before(node):
-        new = node.graph.call_function(
-            torch.ops.aten.slice.Tensor, (source, dim, start, start + 1)
-        )
+        new = node.graph.call_function(torch.ops.aten.slice.Tensor, (source, dim, start, end))
     new.meta = dict(node.meta)
     _replace(node, new)
 

@@ -68,6 +68,7 @@ class Call:
     node: fx.Node
     arguments: dict[str, Any]
     dims_of: Callable[[fx.Node], Dims]
+    shape_of: Callable[[torch.Tensor], tuple[Size, ...]]
     operands: dict[Slot, Dims] = field(default_factory=dict)
     outputs: list[Dims | None] = field(default_factory=list)
     summed: list[Axis] = field(default_factory=list)
@@ -105,7 +106,7 @@ class Call:
     def shape(self, result: int = 0) -> tuple[Size, ...]:
         """The shape of a result."""
         value = self.node.meta["val"]
-        return shape_of(value[result] if isinstance(value, (list, tuple)) else value)
+        return self.shape_of(value[result] if isinstance(value, (list, tuple)) else value)
 
     def dim(self, value: int, rank: int) -> int:
         """A dimension's index, counted from the left."""

@@ -241,3 +241,19 @@ def indexed(call: Call) -> None:
     dims[dim] = Axis(call.shape()[dim])
     call.freeze((dims[dim],), "an index into the axis")
     call.outputs = [tuple(dims)]
+
+
+def index(call: Call) -> None:
+    """``x[i, :, j]``: indexed dimensions must be whole; the indices' dimensions stand for them."""
+    dims = call.operand("self")
+    indices = call.arguments["indices"]
+    given = [d for d, i in enumerate(indices) if i is not None]
+    call.freeze([dims[d] for d in given], "an index into the axis")
+    kept = [a for d, a in enumerate(dims) if d not in given]
+    shape = call.shape()
+    new = [Axis(1)] * (len(shape) - len(kept))
+    adjacent = given == list(range(given[0], given[-1] + 1))
+    at = given[0] if adjacent else 0
+    new = [Axis(size) for size in shape[at : at + len(new)]]
+    call.freeze(new, "an index into the axis")
+    call.outputs = [(*kept[:at], *new, *kept[at:])]

@@ -97,6 +97,7 @@ RULES: dict[str, Rule] = {
     "aten.embedding.default": computed(arithmetic.embedding),
     "aten.cross_entropy_loss.default": computed(arithmetic.cross_entropy),
     "aten.index_select.default": computed(structure.indexed),
+    "aten.index.Tensor": computed(structure.index),
     # views
     "aten.view.default": RESHAPE,
     "aten._unsafe_view.default": RESHAPE,
