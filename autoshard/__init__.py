@@ -1,0 +1,33 @@
+"""Split a transformer over GPUs inside its layers, with nothing in its code changed.
+
+    tp_model = autoshard.parallelize(model, tp=8)
+"""
+
+from autoshard.api import parallelize, plan
+from autoshard.errors import (
+    AutoshardError,
+    CaptureError,
+    PlanError,
+    UnknownOperatorError,
+    UnsoundGraphError,
+)
+from autoshard.module import ParallelModule
+from autoshard.plans import Plan, Region
+from autoshard.verification import Report, verify
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AutoshardError",
+    "CaptureError",
+    "ParallelModule",
+    "Plan",
+    "PlanError",
+    "Region",
+    "Report",
+    "UnknownOperatorError",
+    "UnsoundGraphError",
+    "parallelize",
+    "plan",
+    "verify",
+]

@@ -23,6 +23,7 @@ from torch.utils import _pytree as pytree
 
 from autoshard import huggingface
 from autoshard.autograd_functions import noticed
+from autoshard.compat import without_modes
 from autoshard.errors import CaptureError
 
 
@@ -50,18 +51,19 @@ class Captured:
 
 
 def skeleton(model: nn.Module) -> nn.Module:
-    """A copy of the model whose parameters and buffers have shapes, dtypes and no memory.
-
-    Buffers keep their values where they are small: models read them in ``forward``.
-    """
+    """A copy of the model whose parameters and buffers have shapes, dtypes and no memory."""
     memo: dict[int, Any] = {}
     for tensor in (*model.parameters(), *model.buffers()):
-        hollow = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
-        hollow.untyped_storage().resize_(0)
+        hollow = hollowed(tensor.shape, tensor.dtype)
         if isinstance(tensor, nn.Parameter):
             hollow = nn.Parameter(hollow, requires_grad=tensor.requires_grad)
         memo[id(tensor)] = hollow
     return copy.deepcopy(model, memo)
+
+
+def hollowed(shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    """A CPU tensor of this shape over the memory of one element."""
+    return torch.zeros((), dtype=dtype).expand(shape)
 
 
 def tied_names(model: nn.Module) -> dict[str, str]:
@@ -89,7 +91,7 @@ def capture(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     args, kwargs = pytree.tree_map_only(Tensor, torch.clone, (args, kwargs))
     shapes = pytree.tree_map(_symbolic, (args, kwargs))
     signature_shapes = _by_name(model, shapes)
-    with _quiet(), noticed() as functions:
+    with _quiet(), without_modes(), noticed() as functions:
         try:
             program = torch.export.export(
                 model, args, kwargs, dynamic_shapes=signature_shapes, strict=False

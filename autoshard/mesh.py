@@ -301,9 +301,9 @@ class Mesh:
 
         None for `dim`, or degree 1: it is replicated.
         """
-        dims = () if dim is None else dims_of_degree(self.tp, self.shape, degree)
+        dims = dims_of_degree(self.tp, self.shape, degree)
         return tuple(
-            Shard(dim) if place in dims and dim is not None else Replicate()
+            Shard(dim) if dim is not None and place in dims else Replicate()
             for place in range(len(self.shape))
         )
 

@@ -30,7 +30,7 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 NONE, MEAN, SUM = 0, 1, 2  # at::Reduction
-PART_BYTES = 256 * 2**20  # of the temporary tensors of the cross entropy
+PART_BYTES = 128 * 2**20  # of the temporary tensors of the cross entropy
 
 
 def copy(x: Tensor, group: Group) -> Tensor:
@@ -316,9 +316,8 @@ class _VocabCrossEntropy(torch.autograd.Function):
     """Loss per token, in the dtype of `token_weight`; ignored tokens have loss and gradient 0.
 
     With m the maximum and s the sum of exp(z - m): lse = m + log s, and all of the loss is written
-    in z - m, which is exact where the logits are large. Of s this rank has the part
-    exp(m_r - m) s_r, from its own maximum and sum, and so softmax(z) is its own softmax times its
-    share of s: both come from fused kernels.
+    in z - m, which is exact where the logits are large. This rank's part of s is exp(m_r - m) s_r,
+    with its own maximum and sum.
     """
 
     @staticmethod
@@ -341,13 +340,13 @@ class _VocabCrossEntropy(torch.autograd.Function):
         maximum = split.group.all_reduce(largest, "max")
 
         picked = torch.zeros_like(largest)
-        log_sum = torch.zeros_like(largest)  # of this rank's exp(z - largest)
+        log_sum = torch.zeros_like(largest)  # log s_r
         spread = torch.zeros_like(largest)
         if split.width:
             place, inside = split.local(target)
             picked = torch.where(inside, own.gather(dim, place).squeeze(dim) - maximum, 0)
             for some in _parts(own, dim):
-                # The largest logit's log probability among this rank's classes.
+                # log_softmax of the largest logit is -log s_r, and one fused kernel gives it.
                 log_sum[some] = -F.log_softmax(own[some], dim, dtype=dtype).amax(dim)
                 if smoothing:
                     shifted = own[some] - maximum[some].unsqueeze(dim)
@@ -363,48 +362,41 @@ class _VocabCrossEntropy(torch.autograd.Function):
         if smoothing:
             mass = split.classes if weight is None else weight.sum()
             loss = loss + smoothing / split.classes * (mass * log_total - smooth[0])
-        ctx.save_for_backward(
-            logits, target, valid, token_weight, weight, local / total, picked.exp() / total
-        )
+        ctx.save_for_backward(logits, target, valid, token_weight, weight, maximum, total)
         ctx.split, ctx.smoothing = split, smoothing
         return torch.where(valid, loss, 0)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
-        logits, target, valid, token_weight, weight, share, probability = ctx.saved_tensors
+        logits, target, valid, token_weight, weight, maximum, total = ctx.saved_tensors
         split, smoothing = ctx.split, ctx.smoothing
         dim, dtype = split.dim, token_weight.dtype
         mass = split.classes if weight is None else weight.sum()
         hit = torch.where(valid, (1 - smoothing) * token_weight * dloss, 0)
         spread = torch.where(valid, smoothing / split.classes * dloss, 0)
-        both = hit + mass * spread
-        # Of a rank that holds none of the probability the softmax is nan.
-        scale, nothing = (share * both).unsqueeze(dim), (share == 0).unsqueeze(dim)
+        scale = ((hit + mass * spread) / total).unsqueeze(dim)
+        maximum = maximum.unsqueeze(dim)
 
-        own = split.own(logits)
         dlogits = torch.empty_like(logits, memory_format=torch.contiguous_format)
         dlogits.narrow(dim, split.width, logits.shape[dim] - split.width).zero_()
         if split.width:
-            dz = split.own(dlogits)
+            own, down = split.own(logits), split.own(dlogits)
             for some in _parts(own, dim):
-                softmax = F.softmax(own[some], dim, dtype=dtype)
+                if own.dtype == dtype:
+                    dz = torch.sub(own[some], maximum[some], out=down[some])
+                else:
+                    dz = own[some].to(dtype).sub_(maximum[some])
+                dz.exp_().mul_(scale[some])
                 if smoothing:
                     even = spread[some].unsqueeze(dim)
                     if weight is not None:
                         even = even * split.own_weight(weight, own.ndim)
-                    softmax.mul_(scale[some]).masked_fill_(nothing[some], 0)
-                    dz[some] = softmax.sub_(even)
-                else:
-                    torch.mul(softmax, scale[some], out=dz[some])
-                    dz[some].masked_fill_(nothing[some], 0)
-            # The target's own, from numbers that are not yet rounded to the logits' dtype.
-            place, inside = split.local(target)
-            exact = (both * probability - hit - spread * token_weight).to(logits.dtype)
-            others = dz.gather(dim, place)
-            dz.scatter_(
-                dim, place, torch.where(inside.unsqueeze(dim), exact.unsqueeze(dim), others)
-            )
+                    dz.sub_(even)
+                place, inside = split.local(target[some])
+                dz.scatter_add_(dim, place, -torch.where(inside, hit[some], 0).unsqueeze(dim))
+                if own.dtype != dtype:
+                    down[some] = dz
         return dlogits, None, None, None, None, None, None
 
 

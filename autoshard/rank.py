@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.utils import _pytree as pytree
 
 from autoshard import layouts
 from autoshard.capture import Captured
@@ -27,6 +28,15 @@ def rank_module(sharded: Sharded, group: Callable[[int], Group]) -> fx.GraphModu
     }
     with _CODEGEN:  # naming nodes is not safe among threads
         return fx.GraphModule(attributes, sharded.graph, class_name="RankGraph")  # type: ignore[arg-type]
+
+
+def place_on(graph: fx.Graph, device: torch.device) -> None:
+    """Devices that the capture wrote into the graph become the rank's."""
+    for node in graph.nodes:
+        if node.op == "call_function":
+            node.args, node.kwargs = pytree.tree_map_only(
+                torch.device, lambda _: device, (tuple(node.args), dict(node.kwargs))
+            )
 
 
 def local_share(whole: Tensor, stored: tuple[int, layouts.Layout, int], coordinate: int) -> Tensor:

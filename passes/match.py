@@ -188,20 +188,21 @@ def _freeze_repeated(axes: Axes) -> None:
                     freeze(atom, f"the axis stands {times} times in one tensor ({call.node})")
 
 
-def _usable(axes: Axes) -> set[Axis]:
-    found: set[Axis] = set()
+def _usable(axes: Axes) -> dict[Axis, None]:
+    """In the graph's order, which is the same on every rank."""
+    found: dict[Axis, None] = {}
     for node in axes.parameters:
         for axis in axes.dims[node]:
             for atom in atoms_of(axis):
                 if atom.frozen is None and isinstance(atom.size, int):
-                    found.add(atom)
+                    found[atom] = None
     return found
 
 
 class _Uses:
     """Where the usable axes stand, what they cost, and which exclude each other."""
 
-    def __init__(self, axes: Axes, usable: set[Axis], hints: Hints) -> None:
+    def __init__(self, axes: Axes, usable: dict[Axis, None], hints: Hints) -> None:
         self.axes, self.hints = axes, hints
         self.atoms_at: dict[fx.Node, set[Axis]] = {}
         self.flops: Counter[Axis] = Counter()
@@ -220,13 +221,16 @@ class _Uses:
             self.atoms_at[node] = here
             if not here:
                 continue
-            summed = {a for axis in call.summed for a in atoms_of(axis)} & usable
+            summed = {a for axis in call.summed for a in atoms_of(axis) if a in usable}
             self.unpaddable |= summed
-            looked_up = set(atoms_of(call.lookup)) & usable if call.lookup is not None else set()
+            looked_up = (
+                {a for a in atoms_of(call.lookup) if a in usable} if call.lookup else set()
+            )
             if looked_up and ("indices", None) in call.operands:
                 if call.lookup is not None and not call.lookup.find().is_atom:
                     freeze(call.lookup, "a lookup along a composed axis")
-                    self.usable -= looked_up
+                    for atom in looked_up:
+                        self.usable.pop(atom, None)
                 for atom in looked_up:
                     self.lookups[atom] = node
                 summed |= looked_up
@@ -251,7 +255,7 @@ class _Uses:
     def _read(self, dims: Dims) -> set[Axis]:
         found: list[set[Axis]] = []
         for axis in dims:
-            terms = set(atoms_of(axis)) & self.usable
+            terms = {a for a in atoms_of(axis) if a in self.usable}
             found.append(terms)
             if not axis.find().is_atom:
                 self.unpaddable |= terms
@@ -269,7 +273,7 @@ class _Uses:
         """Parts of one concatenation are tied; factors of one product exclude each other."""
         parts = parts_of(axis)
         if len(parts) > 1:
-            groups = [set(atoms_of(p)) & self.usable for p in parts]
+            groups = [{a for a in atoms_of(p) if a in self.usable} for p in parts]
             for i, left in enumerate(groups):
                 for right in groups[i + 1 :]:
                     self.ties |= {frozenset((a, b)) for a in left for b in right if a is not b}
@@ -278,7 +282,7 @@ class _Uses:
             return
         factors = factors_of(axis)
         if len(factors) > 1:
-            groups = [set(atoms_of(f)) & self.usable for f in factors]
+            groups = [{a for a in atoms_of(f) if a in self.usable} for f in factors]
             for i, left in enumerate(groups):
                 for right in groups[i + 1 :]:
                     for a in left:
@@ -293,7 +297,7 @@ class _Uses:
         """Axes with matmuls by communication per FLOP, then lookup tables worth splitting."""
         computing = [a for a in self.usable if self.flops[a]]
         computing.sort(key=lambda a: (self.comm[a] / self.flops[a], -self.flops[a]))
-        tables = [a for a in self.lookups if a in self.usable and not self.flops[a]]
+        tables = [a for a in self.usable if a in self.lookups and not self.flops[a]]
         largest = max((a.size for a in self.lookups if isinstance(a.size, int)), default=0)
         # A table of positions or token types is small beside the vocabulary: not worth an all-reduce.
         tables = [
@@ -331,8 +335,8 @@ def _with_companions(atom: Axis, uses: _Uses, tp: int, barred: set[Axis]) -> Spl
         return Split((atom,), paddable=True)
     atoms = [atom]
     missing = tp // math.gcd(atom.size, tp)
-    inner = [b for a, b in uses.factors if a is atom and b not in barred and b in uses.usable]
-    for other in sorted(set(inner), key=lambda b: -uses.flops[b]):
+    inner = [b for b in uses.usable if (atom, b) in uses.factors and b not in barred]
+    for other in sorted(inner, key=lambda b: -uses.flops[b]):
         assert isinstance(other.size, int)
         if missing == 1 or 2 * uses.flops[other] <= uses.flops[atom]:
             break

@@ -242,6 +242,7 @@ def test_ranks_of_one_group_draw_what_the_simulator_draws(
     assert mesh.group(2).stream.seed == group_seed(5, 1, 2, 0)
     assert simulated[2] == group_seed(5, 0, 2, 0)
     mesh.manual_seed(6)
+    assert mesh.seed == 6
     assert mesh.group(2).stream.seed == group_seed(6, 1, 2, 0)
 
 

@@ -102,6 +102,8 @@ RULES: dict[str, Rule] = {
     "aten.view.default": RESHAPE,
     "aten._unsafe_view.default": RESHAPE,
     "aten.reshape.default": computed(views.reshape, views.local_sizes("shape")),
+    "aten.view_as.default": computed(views.reshape_as_other),
+    "aten.reshape_as.default": computed(views.reshape_as_other),
     "aten.flatten.using_ints": computed(views.reshape),
     "aten.unflatten.int": computed(views.reshape, views.local_unflatten),
     "aten.transpose.int": computed(views.transpose),

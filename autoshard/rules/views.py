@@ -23,6 +23,15 @@ def reshape(call: Call) -> None:
     call.outputs = [result]
 
 
+def reshape_as_other(call: Call) -> None:
+    """``view_as``: a reshape whose result has the other's axes."""
+    reshape(call)
+    result = call.outputs[0]
+    assert result is not None
+    for a, b in zip(result, call.operand("other"), strict=True):
+        call.unify(a, b)
+
+
 def transpose(call: Call) -> None:
     """Swap two dimensions."""
     dims = list(call.operand("self"))

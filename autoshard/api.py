@@ -1,0 +1,176 @@
+"""The door: ``parallelize`` and ``plan``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
+
+from autoshard.capture import skeleton
+from autoshard.errors import AutoshardError, PlanError, UnknownOperatorError
+from autoshard.inputs import Inputs, normalized_inputs
+from autoshard.mesh import Mesh, init_mesh
+from autoshard.module import LOGITS, ParallelModule, outputs_to_keep, plan_hash
+from autoshard.parameters import agree
+from autoshard.passes.assign_degrees import Request, assign_degrees, fingerprint
+from autoshard.pipeline import Program, analyse, rewrite
+from autoshard.plans import Plan
+
+
+def parallelize(
+    model: nn.Module,
+    tp: int,
+    example_inputs: Any = None,
+    *,
+    degree: str | int = "auto",
+    plan: Plan | str | Path | None = None,
+    mesh: DeviceMesh | None = None,
+    device: torch.device | str | None = None,
+    logits: str = "auto",
+    strict: bool = False,
+) -> ParallelModule:
+    """Split a model over ``tp`` ranks inside its layers; called on every rank.
+
+    Args:
+        model: any transformer written for one GPU, on any device, with its weights. All ranks get
+            the first rank's weights.
+        tp: number of ranks to split over. The world may be a multiple: the rest is data parallel.
+        example_inputs: tuple or dict of ``forward``'s arguments; found when not given.
+        degree: ``"auto"`` or ``"max"``: the largest degree that each region's axes take; a number:
+            the largest that also divides it.
+        plan: a ``Plan``, or the path of a saved one, instead of ``degree``.
+        mesh: a ``DeviceMesh`` with the dimension ``tp`` (and ``dp``); made when not given, with the
+            default process group from torchrun's environment where there is none.
+        device: where the parameters go; the GPU of this rank, or the CPU without one.
+        logits: ``"auto"``: in train mode beside a loss, outputs that are split stay so, as DTensors;
+            whole else. ``"whole"`` and ``"sharded"`` say so for all.
+        strict: an operator without a rule is an error instead of a line in the plan.
+
+    Returns:
+        A module with the model's inputs, outputs, and parameter names.
+
+    Raises:
+        ValueError: ``tp`` does not fit the world; a malformed argument.
+        CaptureError: the model cannot be captured as one graph.
+        PlanError: no region can be split; a plan that does not fit the model; ranks that disagree.
+        UnknownOperatorError: with ``strict``.
+    """
+    _check_model(model, tp)
+    if logits not in LOGITS:
+        raise ValueError(f"logits={logits!r} must be one of {', '.join(LOGITS)}")
+    device_mesh = init_mesh(tp, mesh, device)
+    program, request, example = _analysed(model, tp, example_inputs, degree, plan)
+    meta = [n for n, p in model.named_parameters() if p.is_meta]
+    if meta:
+        raise AutoshardError(
+            f"{meta[0]} and {len(meta) - 1} other parameters are on the meta device: plan() works "
+            "there, parallelize() needs the weights; load or initialise them first"
+        )
+    keep = outputs_to_keep(program, model.training, logits)
+    made, sharded = rewrite(program, tp, request, keep)
+    _check_plan(made, tp, strict)
+    _check_ranks(made, device_mesh)
+    ranks = Mesh(device_mesh, tuple(made.degrees.values()))
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    agree(tensors, ranks)
+    return ParallelModule(skeleton(model), program, made, sharded, ranks, tensors, example, logits)
+
+
+def plan(
+    model: nn.Module,
+    tp: int,
+    example_inputs: Any = None,
+    *,
+    degree: str | int = "auto",
+    plan: Plan | str | Path | None = None,
+    strict: bool = False,
+) -> Plan:
+    """The plan that ``parallelize`` would follow. No process group, no GPU; meta models too.
+
+    Args: as ``parallelize``.
+
+    Raises: as ``parallelize``.
+    """
+    _check_model(model, tp)
+    program, request, _ = _analysed(model, tp, example_inputs, degree, plan)
+    made, _ = assign_degrees(program.analysis, tp, request)
+    _check_plan(made, tp, strict)
+    return made
+
+
+def _analysed(
+    model: nn.Module, tp: int, example_inputs: Any, degree: str | int, given: Any
+) -> tuple[Program, Request, Inputs]:
+    request = _request(model, tp, degree, given)
+    args, kwargs = normalized_inputs(model, example_inputs)
+    return analyse(skeleton(model), args, kwargs, tp), request, (args, kwargs)
+
+
+def _request(model: nn.Module, tp: int, degree: str | int, given: Any) -> Request:
+    if given is None:
+        if degree in ("auto", "max"):
+            return "max"
+        if isinstance(degree, bool) or not isinstance(degree, int) or degree < 1 or tp % degree:
+            raise ValueError(f'degree={degree!r} must be "auto", "max" or a divisor of tp={tp}')
+        return degree
+    plan = given if isinstance(given, Plan) else Plan.load(given)
+    if plan.tp != tp:
+        raise PlanError(f"the plan is for tp={plan.tp}, not tp={tp}: make one with plan(model, {tp})")
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    if plan.fingerprint and plan.fingerprint != fingerprint(shapes):
+        raise PlanError(
+            f"the plan was made for another model (fingerprint {plan.fingerprint}, this model has "
+            f"{fingerprint(shapes)}): parameter names or shapes differ; make a new one with plan()"
+        )
+    return plan.degrees
+
+
+def _check_model(model: nn.Module, tp: int) -> None:
+    if isinstance(tp, bool) or not isinstance(tp, int) or tp < 1:
+        raise ValueError(f"tp={tp!r} must be a positive number of ranks")
+    if isinstance(model, ParallelModule):
+        raise AutoshardError(
+            f"this model is already split over {model.plan.tp} ranks; pass the plain model"
+        )
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"model must be a torch.nn.Module, is {type(model).__name__}")
+    for name, parameter in model.named_parameters():
+        if isinstance(parameter, DTensor):
+            raise AutoshardError(f"{name} is a DTensor already: pass the plain model")
+
+
+def _check_plan(made: Plan, tp: int, strict: bool) -> None:
+    if strict and made.unknown:
+        raise UnknownOperatorError(
+            f"{len(made.unknown)} operators without a rule keep their operands whole: "
+            + "; ".join(made.unknown[:8])
+        )
+    if tp > 1 and not made.regions:
+        reasons = "; ".join(f"{w.name}: {w.reason}" for w in made.replicated[:3])
+        raise PlanError(
+            f"no region of this model can be split over tp={tp} ranks ({reasons or 'no matmuls'})"
+        )
+
+
+def _check_ranks(made: Plan, mesh: DeviceMesh | None) -> None:
+    """All ranks must have computed the same plan, before any weight is touched."""
+    if mesh is None:
+        return
+    digest = torch.tensor(list(bytes.fromhex(plan_hash(made))), dtype=torch.int64)
+    digest = digest.to(mesh.device_type)
+    for dim in range(mesh.ndim):
+        group = mesh.get_group(dim)
+        others: list[Tensor] = [torch.empty_like(digest) for _ in range(group.size())]
+        dist.all_gather(others, digest, group=group)
+        unequal = [r for r, other in enumerate(others) if not torch.equal(other, others[0])]
+        if unequal:
+            ranks = ", ".join(str(dist.get_global_rank(group, r)) for r in unequal)
+            raise PlanError(
+                f"rank(s) {ranks} computed another plan than rank {dist.get_global_rank(group, 0)}: "
+                "build the same model, with the same arguments, on every rank"
+            )

@@ -1,0 +1,351 @@
+"""ParallelModule: the model, split. Called, trained and saved like the model itself."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Shard
+from torch.utils import _pytree as pytree
+
+from autoshard import parameters as stored_parameters
+from autoshard.capture import Captured, hollowed, tied_names
+from autoshard.errors import AutoshardError
+from autoshard.groups import ProcessGroupComm
+from autoshard.mesh import Mesh
+from autoshard.parameters import Stored
+from autoshard.passes.shard import Sharded, SplitOutput
+from autoshard.pipeline import Program, analyse, rewrite
+from autoshard.plans import Plan
+from autoshard.rank import place_on, placeholder_values, rank_module
+
+LOGITS = ("auto", "whole", "sharded")
+
+
+@dataclass(frozen=True, eq=False)
+class Compiled:
+    """One rewritten graph: what it was captured for, and the module that runs it."""
+
+    program: Program
+    sharded: Sharded
+    module: fx.GraphModule
+
+    @property
+    def captured(self) -> Captured:
+        """The captured graph."""
+        return self.program.captured
+
+
+class ParallelModule(nn.Module):
+    """A model whose regions run on their shards. Made by ``autoshard.parallelize``.
+
+    Attributes:
+        plan: which regions are split, how far, and why.
+        graph: the rewritten graph of this rank (the last one that ran).
+        mesh: the ``DeviceMesh`` with the dimension ``tp`` (and ``dp``); None in one process.
+    """
+
+    plan: Plan
+
+    def __init__(
+        self,
+        skeleton: nn.Module,
+        program: Program,
+        plan: Plan,
+        sharded: Sharded,
+        mesh: Mesh,
+        tensors: Mapping[str, Tensor],
+        example: tuple[tuple[Any, ...], dict[str, Any]],
+        logits: str = "auto",
+    ) -> None:
+        super().__init__()
+        self.__dict__["_skeleton"] = skeleton
+        self.__dict__["_mesh"] = mesh
+        self.plan = plan
+        self.logits = logits
+        self._stored: dict[str, Stored] = {
+            program.captured.parameters[p]: share for p, share in sharded.stored.items()
+        }
+        self._compiled: dict[Any, list[Compiled]] = {}
+        self._fits: dict[Any, Compiled] = {}
+        self._names = tied_names(skeleton)
+        self._hold(skeleton, tensors)
+        self.train(skeleton.training)
+        self._last = self._bind(program, sharded)
+        self._compiled[self._key(*example)[0]] = [self._last]
+        self.register_state_dict_post_hook(_to_state)
+        self.register_load_state_dict_pre_hook(_from_state)
+
+    # -- the model's face ----------------------------------------------------------------------
+
+    @property
+    def graph(self) -> fx.Graph:
+        """The rewritten graph of this rank."""
+        return self._last.sharded.graph
+
+    @property
+    def mesh(self) -> DeviceMesh | None:
+        """The mesh of ranks; None in one process without a process group."""
+        mesh: Mesh = self.__dict__["_mesh"]
+        return mesh.device_mesh
+
+    def print_readable(self, print_output: bool = True) -> str:
+        """The rewritten graph as Python code."""
+        return str(self._last.module.print_readable(print_output))
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            pass
+        value = getattr(self.__dict__.get("_skeleton"), name)
+        if callable(value) or isinstance(value, (Tensor, nn.Module)):
+            raise AttributeError(
+                f"{name!r} of {type(self.__dict__['_skeleton']).__name__} runs on whole weights and is "
+                "not available on the parallel module"
+            )
+        return value
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's forward: the same inputs, the same outputs, the same names."""
+        key, flat = self._key(args, kwargs)
+        compiled = self._find(key, flat, args, kwargs)
+        values = placeholder_values(
+            compiled.sharded, compiled.captured, self._local(compiled), self._whole_buffers(), flat
+        )
+        results = compiled.module(*values)
+        outputs = [
+            result if split is None else self._split_output(result, split)
+            for result, split in zip(results, compiled.sharded.outputs, strict=True)
+        ]
+        return pytree.tree_unflatten(outputs, compiled.captured.out_spec)
+
+    def full_state_dict(self, rank0_only: bool = False) -> dict[str, Tensor]:
+        """The model's own tensors, whole, under its own names and shapes. Every rank calls it.
+
+        Args:
+            rank0_only: other ranks get an empty dict, and nobody holds more than one whole tensor
+                beside the result of rank 0 (on the CPU).
+        """
+        mesh: Mesh = self.__dict__["_mesh"]
+        keep = not rank0_only or (mesh.tp_rank == 0 and mesh.dp_rank == 0)
+        result: dict[str, Tensor] = {}
+        for name, value in super().state_dict(keep_vars=True).items():
+            whole = stored_parameters.whole(_undo_state(self, name, value), self._share(name))
+            if keep:
+                result[name] = whole.detach().cpu() if rank0_only else whole.detach()
+        return result
+
+    def manual_seed(self, seed: int) -> None:
+        """Start dropout's random streams anew; with the same seed on every rank."""
+        mesh: Mesh = self.__dict__["_mesh"]
+        mesh.manual_seed(seed)
+
+    # -- inside --------------------------------------------------------------------------------
+
+    def _hold(self, skeleton: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+        """Register parameters and buffers under the model's names, tied ones once."""
+        mesh: Mesh = self.__dict__["_mesh"]
+        made: dict[str, Tensor] = {}
+        for name, hollow in skeleton.named_parameters(remove_duplicate=False):
+            first = self._names[name]
+            if first not in made:
+                value = stored_parameters.make_parameter(
+                    tensors[first], self._stored.get(first), mesh
+                )
+                made[first] = nn.Parameter(value, requires_grad=hollow.requires_grad)
+            module, last = stored_parameters.container(self, name)
+            module.register_parameter(last, made[first])  # type: ignore[arg-type]
+        for name, _ in skeleton.named_buffers(remove_duplicate=False):
+            first = self._names[name]
+            if first not in made:
+                made[first] = tensors[first].detach().to(mesh.device, copy=True)
+            owner = skeleton.get_submodule(name.rpartition(".")[0])
+            module, last = stored_parameters.container(self, name)
+            persistent = last not in owner._non_persistent_buffers_set
+            module.register_buffer(last, made[first], persistent=persistent)
+
+    def _key(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, list[Any]]:
+        """What a graph is captured for, shapes aside, and the flat inputs."""
+        flat, spec = pytree.tree_flatten((args, kwargs))
+        return (spec, self.training, tuple(_kind(leaf) for leaf in flat)), flat
+
+    def _share(self, name: str) -> Stored | None:
+        return self._stored.get(self._names.get(name, name))
+
+    def _local(self, compiled: Compiled) -> dict[str, Tensor]:
+        return {
+            name: stored_parameters.local(p) for name, p in self.named_parameters()
+        }
+
+    def _whole_buffers(self) -> dict[str, Tensor]:
+        return dict(self.named_buffers())
+
+    def _find(self, key: Any, flat: list[Any], args: tuple[Any, ...], kwargs: Any) -> Compiled:
+        shapes = tuple(tuple(x.shape) if isinstance(x, Tensor) else None for x in flat)
+        known = self._fits.get((key, shapes))
+        if known is None:
+            known = next((c for c in self._compiled.get(key, ()) if _holds(c, flat)), None)
+            if known is None:
+                known = self._capture(args, kwargs)
+                self._compiled.setdefault(key, []).append(known)
+            self._fits[key, shapes] = known
+        self.__dict__["_last"] = known
+        return known
+
+    def _capture(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Compiled:
+        """Capture again for another signature; the parameters stay as they lie."""
+        skeleton: nn.Module = self.__dict__["_skeleton"]
+        skeleton.train(self.training)
+        args, kwargs = pytree.tree_map_only(
+            Tensor, lambda t: t.detach().to("cpu"), (args, kwargs)
+        )
+        program = analyse(skeleton, args, kwargs, self.plan.tp)
+        keep = outputs_to_keep(program, self.training, self.logits)
+        degrees = {
+            r.name: self.plan.degrees.get(r.name, _tied_degree(self.plan, program, r.name))
+            for c in program.analysis.candidates for r in c.regions
+        }  # fmt: skip
+        _, sharded = rewrite(program, self.plan.tp, degrees, keep)
+        lying = {program.captured.parameters[p]: s for p, s in sharded.stored.items()}
+        used = {program.captured.parameters[n.name] for n in program.analysis.axes.parameters}
+        for name in used:
+            if lying.get(name) != self._stored.get(name):
+                raise AutoshardError(
+                    f"{name} is stored {_in_words(self._stored.get(name))}, but these inputs need it "
+                    f"{_in_words(lying.get(name))}: pass inputs like them as example_inputs= to "
+                    "parallelize, or give its region degree 1"
+                )
+        return self._bind(program, sharded)
+
+    def _bind(self, program: Program, sharded: Sharded) -> Compiled:
+        mesh: Mesh = self.__dict__["_mesh"]
+        place_on(sharded.graph, mesh.device)
+        program.captured.constants.update(
+            {n: t.to(mesh.device) for n, t in program.captured.constants.items()}
+        )
+        return Compiled(program, sharded, rank_module(sharded, mesh.group))
+
+    def _split_output(self, share: Tensor, split: SplitOutput) -> Tensor:
+        mesh: Mesh = self.__dict__["_mesh"]
+        shape = torch.Size([*share.shape[: split.dim], split.size, *share.shape[split.dim + 1 :]])
+        stride = torch.empty(shape, device="meta").stride()
+        return DTensor.from_local(
+            share, self._line(split.degree, mesh), [Shard(split.dim)], run_check=False,
+            shape=shape, stride=stride,
+        )  # fmt: skip
+
+    def _line(self, degree: int, mesh: Mesh) -> DeviceMesh:
+        """The one-dimensional mesh of the ranks that share a split."""
+        if mesh.tp_mesh is not None and mesh.tp_mesh.ndim == 1 and degree == mesh.tp:
+            return mesh.tp_mesh
+        lines: dict[int, DeviceMesh] = self.__dict__.setdefault("_lines", {})
+        if degree not in lines:
+            group = mesh.group(degree)
+            assert isinstance(group, ProcessGroupComm)
+            lines[degree] = DeviceMesh.from_group(group.process_group, mesh.device.type)
+        return lines[degree]
+
+    def _apply(self, fn: Any, recurse: bool = True) -> ParallelModule:
+        before = {n: p.dtype for n, p in self.named_parameters()}
+        super()._apply(fn, recurse)
+        after = {n: p.dtype for n, p in self.named_parameters()}
+        if before != after:  # dtypes stand in the graph
+            skeleton: nn.Module = self.__dict__["_skeleton"]
+            tensors = dict(self.state_dict_tensors())
+            for name, hollow in (*skeleton.named_parameters(), *skeleton.named_buffers()):
+                if name in tensors and hollow.dtype != tensors[name].dtype:
+                    hollow.data = hollowed(hollow.shape, tensors[name].dtype)
+            self._compiled.clear()
+            self._fits.clear()
+        return self
+
+    def state_dict_tensors(self) -> Iterable[tuple[str, Tensor]]:
+        """All parameters and buffers by name, as they lie on this rank."""
+        yield from self.named_parameters(remove_duplicate=False)
+        yield from self.named_buffers(remove_duplicate=False)
+
+
+def outputs_to_keep(program: Program, training: bool, logits: str) -> tuple[int, ...]:
+    """The flat outputs that leave as shares: beside a loss in train mode, nobody reads them whole."""
+    output = next(n for n in reversed(program.analysis.graph.nodes) if n.op == "output")
+    values = list(output.args[0])  # type: ignore[arg-type]
+    loss = any(
+        isinstance(v, fx.Node) and v in program.analysis.axes.dims and v.meta["val"].dim() == 0
+        for v in values
+    )
+    if logits == "sharded" or (logits == "auto" and training and loss):
+        return tuple(range(len(values)))
+    return ()
+
+
+def plan_hash(plan: Plan) -> str:
+    """What must be the same on all ranks."""
+    text = f"{plan.tp} {plan.fingerprint} {sorted(plan.degrees.items())}"
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _tied_degree(plan: Plan, program: Program, name: str) -> int:
+    """The degree of a region that the plan does not know, from the parameters that it shares."""
+    by_parameter = {p: r.degree for r in plan.regions for p in r.parameters}
+    for candidate in program.analysis.candidates:
+        if any(r.name == name for r in candidate.regions):
+            for region in candidate.regions:
+                if region.name in plan.degrees:
+                    return plan.degrees[region.name]
+            for region in candidate.regions:
+                for node in region.calls:
+                    for operand in node.all_input_nodes:
+                        parameter = program.captured.parameters.get(operand.name)
+                        if parameter in by_parameter:
+                            return by_parameter[parameter]
+    return 1
+
+
+def _holds(compiled: Compiled, flat: list[Any]) -> bool:
+    try:
+        compiled.captured.holds(flat)
+    except ValueError:
+        return False
+    return True
+
+
+def _kind(leaf: Any) -> Any:
+    return (leaf.dtype, leaf.dim()) if isinstance(leaf, Tensor) else leaf
+
+
+def _in_words(stored: Stored | None) -> str:
+    return "whole" if stored is None else f"split as {stored[1]} in dimension {stored[0]}"
+
+
+def _to_state(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+    assert isinstance(module, ParallelModule)
+    for key in list(state):
+        name = key[len(prefix) :]
+        share = module._share(name)
+        if share is not None and isinstance(state[key], Tensor):
+            state[key] = stored_parameters.to_state(state[key], share)
+
+
+def _undo_state(module: ParallelModule, name: str, value: Tensor) -> Tensor:
+    own = dict(module.state_dict_tensors()).get(name)
+    return value if own is None else own
+
+
+def _from_state(module: nn.Module, state: dict[str, Any], prefix: str, *rest: Any) -> None:
+    assert isinstance(module, ParallelModule)
+    mesh: Mesh = module.__dict__["_mesh"]
+    own = dict(module.named_parameters(remove_duplicate=False))
+    for key in list(state):
+        name = key[len(prefix) :]
+        if name in own and isinstance(state[key], Tensor):
+            if tuple(state[key].shape) == tuple(own[name].shape):
+                state[key] = stored_parameters.from_state(state[key], module._share(name), mesh)
+
+
+__all__ = ["DTensor", "ParallelModule", "outputs_to_keep", "plan_hash"]

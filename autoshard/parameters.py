@@ -1,0 +1,136 @@
+"""Parameters on the ranks: DTensors under the model's own names.
+
+A parameter is stored as this rank's share. Where the share is what ``torch.chunk`` would give, the
+DTensor is the model's parameter, split. A fused weight's share is several blocks of rows
+(``[q | k | v]``, each split): its DTensor holds the rows in rank order, and ``state_dict`` puts them
+back into the model's order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from autoshard import layouts
+from autoshard.mesh import Mesh
+
+Stored = tuple[int, layouts.Layout, int]  # dimension, layout, degree
+
+
+def make_parameter(whole: Tensor, stored: Stored | None, mesh: Mesh) -> Tensor:
+    """This rank's part of a whole parameter (or buffer) on the mesh's device."""
+    share = whole.detach()
+    if stored is not None:
+        share = layouts.local_part(share, stored[0], stored[1], mesh.group(stored[2]).coordinate)
+    share = share.to(mesh.device, copy=True).contiguous()
+    return as_dtensor(share, whole.shape, stored, mesh)
+
+
+def as_dtensor(share: Tensor, shape: torch.Size, stored: Stored | None, mesh: Mesh) -> Tensor:
+    """A rank's share as a DTensor of the whole shape; a plain tensor without a mesh."""
+    if mesh.tp_mesh is None:
+        return share
+    placements = mesh.placements(*((stored[2], stored[0]) if stored else (1, None)))
+    stride = torch.empty(shape, device="meta").stride()
+    return DTensor.from_local(
+        share, mesh.tp_mesh, placements, run_check=False, shape=shape, stride=stride
+    )
+
+
+def local(parameter: Tensor) -> Tensor:
+    """The share that the graph computes on; gradients flow back into the DTensor."""
+    return parameter.to_local() if isinstance(parameter, DTensor) else parameter
+
+
+def in_model_order(stored: Stored | None) -> bool:
+    """Whether the DTensor's rows are in the model's order."""
+    return stored is None or layouts.is_contiguous(stored[1], stored[2])
+
+
+def whole(parameter: Tensor, stored: Stored | None) -> Tensor:
+    """The model's own tensor, gathered; every rank calls it."""
+    if not isinstance(parameter, DTensor):
+        return parameter
+    full = parameter.full_tensor()
+    if stored is None or in_model_order(stored):
+        return full
+    return layouts.whole(full, stored[0], stored[1], stored[2])
+
+
+def to_state(parameter: Tensor, stored: Stored | None) -> Tensor:
+    """The parameter as it stands in a state dict: a DTensor in the model's order."""
+    if not isinstance(parameter, DTensor) or in_model_order(stored):
+        return parameter
+    full = whole(parameter, stored).detach()
+    return distribute_tensor(
+        full, parameter.device_mesh, parameter.placements, src_data_rank=None
+    )
+
+
+def from_state(value: Tensor, stored: Stored | None, mesh: Mesh) -> Tensor:
+    """The inverse of ``to_state``; a plain whole tensor is taken too."""
+    if isinstance(value, DTensor):
+        if in_model_order(stored):
+            return value
+        value = value.full_tensor()
+    if mesh.tp_mesh is None:
+        return value
+    return make_parameter(value, stored, mesh)
+
+
+def agree(tensors: Mapping[str, Tensor], mesh: Mesh) -> list[str]:
+    """Give every rank the first rank's values, where they differ; returns the names that did.
+
+    Ranks that built their model from different seeds would split different models.
+    """
+    if mesh.device_mesh is None:
+        return []
+    sums = torch.stack([_checksum(t) for t in tensors.values()]) if tensors else torch.zeros(0)
+    sums = sums.to(mesh.device)
+    different: dict[str, None] = {}
+    for dim in reversed(range(mesh.device_mesh.ndim)):
+        group = mesh.device_mesh.get_group(dim)
+        first = dist.get_global_rank(group, 0)
+        expected = sums.clone()
+        dist.broadcast(expected, first, group=group)
+        unequal = (expected != sums).to(torch.int32)
+        dist.all_reduce(unequal, group=group)
+        for index, (name, tensor) in enumerate(tensors.items()):
+            if unequal[index]:
+                different[name] = None
+                value = tensor.detach().to(mesh.device).contiguous()
+                dist.broadcast(value, first, group=group)
+                with torch.no_grad():
+                    tensor.copy_(value)
+        if different:
+            sums = torch.stack([_checksum(t) for t in tensors.values()]).to(mesh.device)
+    return list(different)
+
+
+def _checksum(tensor: Tensor) -> Tensor:
+    """A number that two different tensors hardly share: bytes weighted by position."""
+    flat = tensor.detach().contiguous().view(-1)
+    if not flat.numel():
+        return torch.zeros((), dtype=torch.float64)
+    numbers = flat.to(torch.float64) if not flat.is_complex() else flat.abs().to(torch.float64)
+    step = max(1, numbers.numel() // 65536)
+    sample = numbers[::step]
+    weights = torch.arange(1, sample.numel() + 1, dtype=torch.float64, device=sample.device).sqrt()
+    return (numbers.sum() + (sample * weights).sum()).cpu()
+
+
+def container(root: nn.Module, path: str) -> tuple[nn.Module, str]:
+    """The (empty) submodule that holds ``path``'s last name, made where it is missing."""
+    *parents, last = path.split(".")
+    module = root
+    for name in parents:
+        if name not in module._modules:
+            module.add_module(name, nn.Module())
+        child = module._modules[name]
+        assert child is not None
+        module = child
+    return module, last
