@@ -222,6 +222,14 @@ def _whole_symbolic(x: Tensor, dim: int, layout: Layout, degree: int) -> Tensor:
     return result.flatten(dim, dim + len(flat) - 1) if len(flat) > 1 else result
 
 
-@lru_cache(maxsize=1024)
+_INDICES: dict[tuple[tuple[int, ...], torch.device], Tensor] = {}
+
+
 def _index(positions: tuple[int, ...], device: torch.device) -> Tensor:
-    return torch.tensor(positions, device=device)
+    key = positions, device
+    if key not in _INDICES:
+        made = torch.tensor(positions, device=device)
+        if type(made) is not Tensor:  # a fake tensor of somebody's tracing must not be kept
+            return made
+        _INDICES[key] = made
+    return _INDICES[key]

@@ -15,6 +15,7 @@ from torch import nn
 from autoshard.capture import Captured, capture
 from autoshard.passes.assign_axes import assign_axes
 from autoshard.passes.assign_degrees import Analysis, Request, assign_degrees
+from autoshard.passes.check import check
 from autoshard.passes.match import match
 from autoshard.passes.normalize import normalize
 from autoshard.passes.shard import Sharded, shard
@@ -77,6 +78,9 @@ def rewrite(
     clock("plan")
     sharded = shard(program.analysis.graph, program.analysis.axes, assignment, keep_split)
     clock("shard")
+    inputs = {n.name for n in program.analysis.axes.differentiable if n.op == "placeholder"}
+    check(sharded, inputs)
+    clock("check")
     return plan, sharded
 
 
