@@ -17,10 +17,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
+from typing import Any, TypeAlias
 
 import sympy
 
-Size = int | sympy.Expr
+Size: TypeAlias = Any  # an int, or a sympy expression in the graph's symbols
 
 
 class AxisMismatch(Exception):

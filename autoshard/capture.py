@@ -144,15 +144,18 @@ def _symbolic(value: Any) -> Any:
 def _by_name(model: nn.Module, shapes: tuple[Any, Any]) -> Any:
     """Dynamic shapes in the form that ``torch.export`` takes: by the names of ``forward``."""
     args, kwargs = shapes
-    if not args:
-        return kwargs
     names = list(inspect.signature(model.forward).parameters.values())
     positional = [p for p in names if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-    result = dict(zip((p.name for p in positional), args, strict=False))
+    result: dict[str, Any] = dict(zip((p.name for p in positional), args, strict=False))
     if len(args) > len(positional):
         variadic = next(p.name for p in names if p.kind is p.VAR_POSITIONAL)
         result[variadic] = tuple(args[len(positional) :])
-    return {**result, **kwargs}
+    known = {p.name for p in names if p.kind is not p.VAR_KEYWORD}
+    extra = {k: v for k, v in kwargs.items() if k not in known}
+    result.update({k: v for k, v in kwargs.items() if k in known})
+    if extra:
+        result[next(p.name for p in names if p.kind is p.VAR_KEYWORD)] = extra
+    return result
 
 
 def _explain(error: Exception) -> str:
@@ -162,10 +165,8 @@ def _explain(error: Exception) -> str:
     message = f"the model could not be captured: {type(error).__name__}: {lines[0] if lines else ''}"
     if place:
         message += f"\n  at {place[-1]}"
-    else:
-        place = _model_frames(error)
-        if place:
-            message += f"\n  at {place}"
+    elif frames := _model_frames(error):
+        message += f"\n  at {frames}"
     return message + (
         "\n  A branch or a size that depends on data cannot be captured: compute it with tensors "
         "(torch.where, masks), or outside the model."

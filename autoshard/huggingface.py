@@ -5,10 +5,10 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 
@@ -32,10 +32,8 @@ def register_outputs(model: nn.Module) -> None:
         register_cache_pytrees_for_model(model)
 
 
-def example_inputs(model: nn.Module) -> dict[str, Any]:
+def example_inputs(model: Any) -> dict[str, Any]:
     """``dummy_inputs``, with ``labels`` where ``forward`` takes them."""
-    import inspect
-
     inputs: dict[str, Any] = {}
     accepted = inspect.signature(model.forward).parameters
     for name, value in model.dummy_inputs.items():
@@ -53,13 +51,8 @@ def example_inputs(model: nn.Module) -> dict[str, Any]:
     return inputs
 
 
-def _has_output_embeddings(model: nn.Module) -> bool:
+def _has_output_embeddings(model: Any) -> bool:
     try:
         return isinstance(model.get_output_embeddings(), nn.Module)
     except (AttributeError, NotImplementedError):
         return False
-
-
-def token_dtype() -> torch.dtype:
-    """Token ids are int64."""
-    return torch.int64

@@ -78,8 +78,8 @@ class ParallelModule(nn.Module):
         self.train(skeleton.training)
         self._last = self._bind(program, sharded)
         self._compiled[self._key(*example)[0]] = [self._last]
-        self.register_state_dict_post_hook(_to_state)
-        self.register_load_state_dict_pre_hook(_from_state)
+        self.register_state_dict_post_hook(_to_state)  # type: ignore[no-untyped-call]
+        self.register_load_state_dict_pre_hook(_from_state)  # type: ignore[no-untyped-call]
 
     # -- the model's face ----------------------------------------------------------------------
 
@@ -253,7 +253,7 @@ class ParallelModule(nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> ParallelModule:
         before = {n: p.dtype for n, p in self.named_parameters()}
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         after = {n: p.dtype for n, p in self.named_parameters()}
         if before != after:  # dtypes stand in the graph
             skeleton: nn.Module = self.__dict__["_skeleton"]
@@ -274,7 +274,7 @@ class ParallelModule(nn.Module):
 def outputs_to_keep(program: Program, training: bool, logits: str) -> tuple[int, ...]:
     """The flat outputs that leave as shares: beside a loss in train mode, nobody reads them whole."""
     output = next(n for n in reversed(program.analysis.graph.nodes) if n.op == "output")
-    values = list(output.args[0])  # type: ignore[arg-type]
+    values = list(output.args[0])
     loss = any(
         isinstance(v, fx.Node) and v in program.analysis.axes.dims and v.meta["val"].dim() == 0
         for v in values

@@ -15,7 +15,6 @@ from autoshard.capture import Captured
 from autoshard.groups import Group
 from autoshard.passes.shard import Sharded
 
-
 _CODEGEN = threading.Lock()
 
 
@@ -27,7 +26,7 @@ def rank_module(sharded: Sharded, group: Callable[[int], Group]) -> fx.GraphModu
         if node.op == "get_attr"
     }
     with _CODEGEN:  # naming nodes is not safe among threads
-        return fx.GraphModule(attributes, sharded.graph, class_name="RankGraph")  # type: ignore[arg-type]
+        return fx.GraphModule(attributes, sharded.graph, class_name="RankGraph")
 
 
 def place_on(graph: fx.Graph, device: torch.device) -> None:

@@ -27,7 +27,7 @@ UNITS = ("B", "KiB", "MiB", "GiB")
 DIRECTIONS = ("forward", "backward")
 
 
-def plan_table(plan: Plan, width: int = 100) -> str:
+def plan_table(plan: Plan, width: int = 110) -> str:
     """The plan as plain text, without colour codes.
 
     Args:
@@ -95,12 +95,12 @@ def siblings(names: Iterable[str]) -> list[str]:
     for name in names:
         parent, _, leaf = name.rpartition(".")
         leaves.setdefault(parent, []).append(leaf)
-    parents: dict[tuple[str, ...], list[str]] = {}
+    parents: dict[str, list[str]] = {}
     for parent, own in leaves.items():
-        parents.setdefault(tuple(own), []).append(parent)
-    result = []
-    for own, found in parents.items():
         leaf = own[0] if len(own) == 1 else "{" + ",".join(own) + "}"
+        parents.setdefault(leaf, []).append(parent)
+    result = []
+    for leaf, found in parents.items():
         result += [f"{parent}.{leaf}" if parent else leaf for parent in folded(found)]
     return result
 
@@ -123,9 +123,7 @@ def _alike(items: Iterable[T], key: Callable[[T], Hashable]) -> list[list[T]]:
 
 def _regions(plan: Plan) -> Table:
     title = f"{len(plan.regions)} regions over tp={plan.tp} ranks"
-    columns = ("region", "kind", "degree>", "axis>", "split elements>", "forward", "backward")
-    table = _table(title, *columns, "why")
-    sizes = {p.name: p.numel for p in plan.parameters if p.dim is not None}
+    table = _table(title, "region", "kind", "degree>", "axis>", "forward", "backward", "why")
 
     def key(region: Region) -> Hashable:
         how = region.kind, region.degree, region.axes, region.reason, _all_reduces(region)
@@ -134,14 +132,15 @@ def _regions(plan: Plan) -> Table:
     for alike in _alike(plan.regions, key):
         first = alike[0]
         for name in folded(region.name for region in alike):
-            elements = sum(sizes.get(p, 0) for region in alike for p in region.parameters)
-            table.add_row(
-                name, first.kind, str(first.degree), " | ".join(first.axes),
-                f"{elements:,}" if elements else "", *_all_reduces(first), first.reason,
-            )  # fmt: skip
+            axes = " | ".join(first.axes)
+            row = (name, first.kind, str(first.degree), axes, *_all_reduces(first), first.reason)
+            table.add_row(*row)
     if plan.parameters:
         forward, backward = (sum(_count(r, d) for r in plan.regions) for d in DIRECTIONS)
-        table.caption = f"all-reduces of one step: {forward} forward, {backward} backward"
+        table.caption = (
+            f"forward, backward: all-reduces of one step, {forward} and {backward} in all"
+            + ("; small: a few numbers per token" if any(map(_is_small, plan.regions)) else "")
+        )
     return table
 
 
@@ -149,10 +148,14 @@ def _all_reduces(region: Region) -> tuple[str, str]:
     """How many, forward and backward; of what, where it is not whole activations."""
     texts = []
     for direction in DIRECTIONS:
-        small = any("scalars" in line for line in region.collectives if line.startswith(direction))
         count = _count(region, direction)
+        small = direction == "forward" and _is_small(region)
         texts.append(f"{count} small" if small else str(count or ""))
     return texts[0], texts[1]
+
+
+def _is_small(region: Region) -> bool:
+    return any(line.startswith("forward") and "scalars" in line for line in region.collectives)
 
 
 def _count(region: Region, direction: str) -> int:
@@ -175,17 +178,18 @@ def _split_parameters(plan: Plan) -> list[Table | str]:
     split = [p for p in plan.parameters if p.dim is not None]
     if not split:
         return []
-    columns = ("parameter", "shape", "split", "layout", "elements on a rank>")
-    table = _table(f"split: {len(split)} parameters", *columns)
+    share = sum(p.local_numel for p in split) / max(1, plan.parameter_numel_per_rank)
+    title = f"split: {len(split)} parameters, {share:.1%} of a rank's elements"
+    table = _table(title, "parameter", "shape", "split", "on a rank>", "layout")
     for group in _alike(split, lambda p: (_pattern(p.name), p.shape, p.dim, p.layout)):
         first = group[0]
         local = f"{sum(p.local_numel for p in group):,}"
         for name in folded(p.name for p in group):
-            table.add_row(name, _shape(first), f"dim {first.dim}", first.layout, local)
+            table.add_row(name, _shape(first), f"dim {first.dim}", local, first.layout)
     table.caption = (
-        "layout: 12/2·64 are 12 heads of 64, 6 of them on a rank; | joins what lies in one tensor"
-        if any("·" in p.layout for p in split) else None
-    )  # fmt: skip
+        "layout: 12/2·64 is an axis of 12, half of it on a rank, times a whole one of 64; "
+        "| joins what lies behind each other"
+    )
     return [table]
 
 
@@ -254,7 +258,8 @@ def _module(matmul: Whole) -> str:
 def _unknown(plan: Plan) -> list[Table | str]:
     if not plan.unknown:
         return []
-    return ["operators without a rule, their operands kept whole:", *map("  {}".format, plan.unknown)]
+    lines = [f"  {line}" for line in plan.unknown]
+    return ["operators without a rule, their operands kept whole:", *lines]
 
 
 def _without_place(reason: str) -> str:
@@ -292,16 +297,18 @@ def _in_words(count: float) -> str:
 
 
 def _table(title: str, *columns: str) -> Table:
-    """An empty table; the first column is never cut, a column named ``x>`` is right-aligned."""
+    """An empty table: only the last column is wrapped, one named ``x>`` is right-aligned."""
     table = Table(
         title=title, title_justify="left", title_style="", header_style="", box=box.SIMPLE_HEAD,
-        show_edge=False, pad_edge=False, caption_justify="left", caption_style="",
+        show_edge=False, pad_edge=False, padding=(0, 1, 0, 0), caption_justify="left",
+        caption_style="",
     )  # fmt: skip
-    for index, column in enumerate(columns):
+    for column in columns:
         table.add_column(
             column.rstrip(">"),
             justify="right" if column.endswith(">") else "left",
             overflow="fold",
-            no_wrap=index == 0,
+            no_wrap=column != columns[-1],
+            min_width=16 if column == columns[-1] else None,
         )
     return table

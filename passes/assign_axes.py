@@ -29,7 +29,6 @@ from autoshard.rules.call import Dims, is_tensor, size_of
 from autoshard.rules.call import shape_of as plain_shape
 from autoshard.rules.views import frozen
 
-
 VIEWS = (
     torch.ops.aten.view.default,
     torch.ops.aten.reshape.default,
@@ -100,7 +99,7 @@ def assign_axes(
             continue
         if node.target is operator.getitem:
             source, index = node.args
-            dims = weighted[source][index] if source in weighted else None  # type: ignore[index]
+            dims = weighted[source][index] if source in weighted else None
             if dims is not None:
                 result.dims[node] = dims
                 weighted[node] = [dims]
@@ -171,7 +170,7 @@ def equal_symbols(graph: fx.Graph) -> Callable[[torch.Tensor], tuple[Size, ...]]
 def _inputs_axes(result: Axes) -> list[Axis]:
     """Axes that a lookup takes over from its indices: they are those of an input."""
     found: list[Axis] = []
-    for node, call in result.calls.items():
+    for call in result.calls.values():
         if ("indices", None) in call.operands and call.lookup is not None:
             if call.tensor("indices") not in result.dims:
                 found.extend(call.operands["indices", None])

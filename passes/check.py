@@ -1,6 +1,7 @@
 """Check: recompute from nothing where every value of the rewritten graph stands.
 
-Trusts neither the analysis nor the rewriting, only the types of the collectives. A value is *whole* (the same on all ranks, its gradient whole), or *inside* a group
+Trusts neither the analysis nor the rewriting, only the types of the collectives. A value is
+*whole* (the same on all ranks, its gradient whole), or *inside* a group
 of d ranks (its gradient a partial sum). It refuses a graph in which
 
 - a whole value that a gradient can flow to meets an inside value without ``copy``: right outputs,

@@ -109,9 +109,9 @@ class _Sharder:
         placeholders = [n for n in self.old.nodes if n.op == "placeholder"]
         for node in placeholders:
             self._placeholder(node)
-        self._after_placeholders = True
         for degree in sorted({1, *(c.degree for c in self.assignment.cuts.values())}):
-            self.groups[degree] = self.new.create_node("get_attr", f"tp{degree}", name=f"tp{degree}")
+            name = f"tp{degree}"
+            self.groups[degree] = self.new.create_node("get_attr", name, name=name)
         for node in self.old.nodes:
             if node.op == "placeholder":
                 continue
@@ -121,7 +121,7 @@ class _Sharder:
                 self._call(node, self.axes.calls[node])
             elif node.target is operator.getitem and node.args[0] in self.inside:
                 self.env[node] = self._copied(node)
-                self.inside[node] = self.inside[node.args[0]]  # type: ignore[index]
+                self.inside[node] = self.inside[node.args[0]]
             elif node.target is aten.sym_size.int and node.args[0] in self.inside:
                 self._global_size(node)
             else:
@@ -150,7 +150,7 @@ class _Sharder:
         """The node as it was, on whole operands."""
         for operand in node.all_input_nodes:
             if operand in self.inside:
-                raise PlanError(f"{where(node)} needs {operand} whole; this is an error in autoshard")
+                raise PlanError(f"{where(node)} needs {operand} whole, which is split")
         if _is_random(node):
             return self._random(node, self.groups[1], node.target, node.args, node.kwargs)
         return self._copied(node)
@@ -317,7 +317,7 @@ class _Sharder:
         vocab = call.lookup.find()
         cut = self.assignment.cuts[vocab]
         if ("indices", None) in call.operands:
-            args = (
+            args: tuple[Any, ...] = (
                 arguments["weight"], arguments["indices"], group, vocab.size, cut.rows,
                 arguments["padding_idx"],
             )  # fmt: skip
@@ -359,6 +359,7 @@ class _Sharder:
         result, degree = self._padded(value, self.axes.dims[value]), self.inside[value]
         group = self.groups[degree]
         dims = self.axes.dims[value]
+        args: tuple[Any, ...]
         split = [i for i, a in enumerate(dims) if is_split(self.assignment.layout(a))]
         if index in self.keep_split and len(split) == 1:
             dim = split[0]
@@ -459,5 +460,5 @@ def _is_random(node: fx.Node) -> bool:
     if not isinstance(node.target, torch._ops.OpOverload):
         return False
     if node.target is aten.scaled_dot_product_attention.default:
-        return bool((node.args[4] if len(node.args) > 4 else node.kwargs.get("dropout_p", 0.0)))
+        return bool(node.args[4] if len(node.args) > 4 else node.kwargs.get("dropout_p", 0.0))
     return torch.Tag.nondeterministic_seeded in node.target.tags

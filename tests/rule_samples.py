@@ -483,7 +483,7 @@ SAMPLES: dict[str, tuple[Build, ...]] = {
     "aten.scaled_dot_product_attention.default": (
         attention(), attention(batched=False, splits=1), attention(is_causal=True),
         attention(scale=0.3), attention("st"), attention("b1st"), attention("bhst"),
-        attention("1hst"), attention("t"), attention(grouped=True, splits=3),
+        attention("1hst"), attention("1t"), attention(grouped=True, splits=3),
         attention("11st", grouped=True, splits=3),
         attention(grouped=True, batched=False, splits=2),
         attention(dropout_p=0.0),

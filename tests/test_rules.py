@@ -163,12 +163,13 @@ def _refine(
     kind, at = how
     if not kind or shape[dim] < 4 or shape[dim] % 2:
         return
+    first = 2 if at == 0 else shape[dim] // 2
+    seen: list[fx.Node] = []
     if kind == "product":
-        outer = 2 if at == 0 else shape[dim] // 2
-        shape[dim : dim + 1] = [outer, shape[dim] // outer]
-        _call(graph, torch.ops.aten.view.default, (node, shape), {}, results)
+        apart = [*shape[:dim], first, shape[dim] // first, *shape[dim + 1 :]]
+        _call(graph, torch.ops.aten.view.default, (node, apart), {}, seen)
+        _call(graph, torch.ops.aten.view.default, (seen[0], shape), {}, results)
     else:
-        first = 2 if at == 0 else shape[dim] // 2
         sizes = [first, shape[dim] - first]
         _call(graph, torch.ops.aten.split_with_sizes.default, (node, sizes, dim), {}, results)
 

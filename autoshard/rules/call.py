@@ -86,8 +86,9 @@ class Call:
 
     def tensor(self, name: str, index: int | None = None) -> fx.Node:
         """The node that is given for an argument (or for one place of a list)."""
-        value = self.arguments[name]
-        return value if index is None else value[index]
+        value: Any = self.arguments[name]
+        node: fx.Node = value if index is None else value[index]
+        return node
 
     def given(self, name: str) -> bool:
         """Whether a tensor is given for the argument."""

@@ -96,7 +96,7 @@ def local_slice(call: Call, local: Local) -> dict[str, Any]:
     dim = call.dim(call.arguments["dim"], len(dims))
     axis = dims[dim]
     size = axis.find().size
-    start, end, step = slice_bounds(call, size)
+    start, _end, step = slice_bounds(call, size)
     if local.size(axis) == size:
         return {}
     if axes.same_size(size, result[dim].find().size):
