@@ -1,6 +1,6 @@
 """Split a transformer over GPUs inside its layers, with nothing in its code changed.
 
-    tp_model = autoshard.parallelize(model, tp=8)
+tp_model = autoshard.parallelize(model, tp=8)
 """
 
 from autoshard.api import parallelize, plan

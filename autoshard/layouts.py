@@ -215,8 +215,7 @@ def _whole_symbolic(x: Tensor, dim: int, layout: Layout, degree: int) -> Tensor:
                 groups.setdefault(key, []).append(chunk)
             joined = {key: torch.cat(g, dim + offset) for key, g in groups.items()}
             chunks = [
-                joined[rank - rank // leaf.stride % leaf.parts * leaf.stride]
-                for rank in range(degree)
+                joined[rank - rank // leaf.stride % leaf.parts * leaf.stride] for rank in range(degree)
             ]
     result = chunks[0]
     return result.flatten(dim, dim + len(flat) - 1) if len(flat) > 1 else result

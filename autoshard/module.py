@@ -155,9 +155,7 @@ class ParallelModule(nn.Module):
         for name, hollow in skeleton.named_parameters(remove_duplicate=False):
             first = self._names[name]
             if first not in made:
-                value = stored_parameters.make_parameter(
-                    tensors[first], self._stored.get(first), mesh
-                )
+                value = stored_parameters.make_parameter(tensors[first], self._stored.get(first), mesh)
                 made[first] = nn.Parameter(value, requires_grad=hollow.requires_grad)
             module, last = stored_parameters.container(self, name)
             module.register_parameter(last, made[first])  # type: ignore[arg-type]
@@ -179,9 +177,7 @@ class ParallelModule(nn.Module):
         return self._stored.get(self._names.get(name, name))
 
     def _local(self, compiled: Compiled) -> dict[str, Tensor]:
-        return {
-            name: stored_parameters.local(p) for name, p in self.named_parameters()
-        }
+        return {name: stored_parameters.local(p) for name, p in self.named_parameters()}
 
     def _whole_buffers(self) -> dict[str, Tensor]:
         return dict(self.named_buffers())
@@ -202,9 +198,7 @@ class ParallelModule(nn.Module):
         """Capture again for another signature; the parameters stay as they lie."""
         skeleton: nn.Module = self.__dict__["_skeleton"]
         skeleton.train(self.training)
-        args, kwargs = pytree.tree_map_only(
-            Tensor, lambda t: t.detach().to("cpu"), (args, kwargs)
-        )
+        args, kwargs = pytree.tree_map_only(Tensor, lambda t: t.detach().to("cpu"), (args, kwargs))
         program = analyse(skeleton, args, kwargs, self.plan.tp)
         keep = outputs_to_keep(program, self.training, self.logits)
         degrees = {

@@ -254,9 +254,7 @@ class _Scatter(torch.autograd.Function):
         ctx.dim, ctx.group = dim, group
         size = x.shape[dim] // group.degree
         # A copy, so that the whole `x` is not kept alive by its slice.
-        return x.narrow(dim, group.coordinate * size, size).clone(
-            memory_format=torch.contiguous_format
-        )
+        return x.narrow(dim, group.coordinate * size, size).clone(memory_format=torch.contiguous_format)
 
     @staticmethod
     @once_differentiable

@@ -66,9 +66,7 @@ def to_state(parameter: Tensor, stored: Stored | None) -> Tensor:
     if not isinstance(parameter, DTensor) or in_model_order(stored):
         return parameter
     full = whole(parameter, stored).detach()
-    return distribute_tensor(
-        full, parameter.device_mesh, parameter.placements, src_data_rank=None
-    )
+    return distribute_tensor(full, parameter.device_mesh, parameter.placements, src_data_rank=None)
 
 
 def from_state(value: Tensor, stored: Stored | None, mesh: Mesh) -> Tensor:

@@ -1,6 +1,6 @@
 """The pipeline: what happens to a model, top to bottom.
 
-    capture -> normalize -> assign_axes -> match -> assign_degrees -> shard -> merge -> check
+capture -> normalize -> assign_axes -> match -> assign_degrees -> shard -> merge -> check
 """
 
 from __future__ import annotations

@@ -112,9 +112,7 @@ class Plan:
     sharded_fraction: float = 0.0
     fingerprint: str = ""
     notes: tuple[str, ...] = ()
-    _again: Callable[[Mapping[str, int]], Plan] | None = field(
-        default=None, repr=False, compare=False
-    )
+    _again: Callable[[Mapping[str, int]], Plan] | None = field(default=None, repr=False, compare=False)
 
     @property
     def degrees(self) -> dict[str, int]:

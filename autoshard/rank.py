@@ -44,9 +44,7 @@ def local_share(whole: Tensor, stored: tuple[int, layouts.Layout, int], coordina
     return layouts.local_part(whole, dim, layout, coordinate)
 
 
-def whole_tensor(
-    shares: list[Tensor], stored: tuple[int, layouts.Layout, int]
-) -> Tensor:
+def whole_tensor(shares: list[Tensor], stored: tuple[int, layouts.Layout, int]) -> Tensor:
     """The whole tensor, in the model's order, from the shares of the ranks of a group."""
     dim, layout, degree = stored
     return layouts.whole(torch.cat(shares, dim), dim, layout, degree)

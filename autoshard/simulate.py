@@ -133,9 +133,7 @@ class RankContext:
     `degrees`; without `degrees`, to a mesh factored into all prime factors.
     """
 
-    def __init__(
-        self, world: _World, rank: int, tp: int, shape: tuple[int, ...], seed: int
-    ) -> None:
+    def __init__(self, world: _World, rank: int, tp: int, shape: tuple[int, ...], seed: int) -> None:
         self.rank = rank
         self.tp = tp
         self._world = world

@@ -134,7 +134,7 @@ def _regions(plan: Plan) -> Table:
         for name in folded(region.name for region in alike):
             axes = " | ".join(first.axes)
             row = (name, first.kind, str(first.degree), axes, *_all_reduces(first), first.reason)
-            table.add_row(*row)
+            _add(table, *row)
     if plan.parameters:
         forward, backward = (sum(_count(r, d) for r in plan.regions) for d in DIRECTIONS)
         table.caption = (
@@ -185,7 +185,7 @@ def _split_parameters(plan: Plan) -> list[Table | str]:
         first = group[0]
         local = f"{sum(p.local_numel for p in group):,}"
         for name in folded(p.name for p in group):
-            table.add_row(name, _shape(first), f"dim {first.dim}", local, first.layout)
+            _add(table, name, _shape(first), f"dim {first.dim}", local, first.layout)
     table.caption = (
         "layout: 12/2·64 is an axis of 12, half of it on a rank, times a whole one of 64; "
         "| joins what lies behind each other"
@@ -209,10 +209,10 @@ def _whole_parameters(plan: Plan) -> list[Table | str]:
     groups = sorted(_alike(whole, key), key=lambda group: -_elements(group))
     for group in groups[:LISTED]:
         names, reason = siblings(p.name for p in group), _without_place(group[0].reason)
-        table.add_row("\n".join(names), _shape(group[0]), f"{_elements(group):,}", reason)
+        _add(table, "\n".join(names), _shape(group[0]), f"{_elements(group):,}", reason)
     rest = [p for group in groups[LISTED:] for p in group]
     if rest:
-        table.add_row(f"and {len(rest)} more", "", f"{_elements(rest):,}", "")
+        _add(table, f"and {len(rest)} more", "", f"{_elements(rest):,}", "")
     return [table]
 
 
@@ -242,11 +242,11 @@ def _whole_matmuls(plan: Plan) -> list[Table | str]:
     for group in groups[:LISTED]:
         names, reason = "\n".join(folded(map(_module, group))), _without_place(group[0].reason)
         share = sum(w.flops for w in group) / total
-        table.add_row(names, str(len(group)), f"{share:.2%}", reason)
+        _add(table, names, str(len(group)), f"{share:.2%}", reason)
     rest = [w for group in groups[LISTED:] for w in group]
     if rest:
         share = sum(w.flops for w in rest) / total
-        table.add_row("and others", str(len(rest)), f"{share:.2%}", "")
+        _add(table, "and others", str(len(rest)), f"{share:.2%}", "")
     return [table]
 
 
@@ -312,3 +312,7 @@ def _table(title: str, *columns: str) -> Table:
             min_width=16 if column == columns[-1] else None,
         )
     return table
+
+
+def _add(table: Table, *cells: str) -> None:
+    table.add_row(*map(Text, cells))  # text, not markup: a name may hold brackets

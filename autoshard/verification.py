@@ -97,9 +97,7 @@ def verify(
     args, kwargs = pytree.tree_map_only(
         Tensor, lambda t: t.to(dtype) if t.is_floating_point() else t.clone(), (args, kwargs)
     )
-    program = analyse(
-        capturing.skeleton(subject), args, kwargs, tp, edit=edit_exactly(dtype)
-    )
+    program = analyse(capturing.skeleton(subject), args, kwargs, tp, edit=edit_exactly(dtype))
     request: Any = plan.degrees if plan is not None else degree
     made, sharded = rewrite(program, tp, request)
     args, kwargs = boundary_inputs(program, tp, args, kwargs)
@@ -140,9 +138,7 @@ def compare(
     }
     worst = max([0.0, *output_errors.values(), *gradient_errors.values()], key=_rank)
     tolerance = TOLERANCE[dtype]
-    return Report(
-        worst < tolerance, worst, output_errors, gradient_errors, tolerance, plan
-    )
+    return Report(worst < tolerance, worst, output_errors, gradient_errors, tolerance, plan)
 
 
 def simulated(

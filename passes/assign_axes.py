@@ -59,9 +59,7 @@ class Axes:
     inputs: frozenset[fx.Node] = frozenset()
 
 
-def assign_axes(
-    graph: fx.Graph, parameters: Collection[str], inputs: Collection[str]
-) -> Axes:
+def assign_axes(graph: fx.Graph, parameters: Collection[str], inputs: Collection[str]) -> Axes:
     """Walk the graph once and unify the axes of its dimensions.
 
     Args:

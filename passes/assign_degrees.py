@@ -119,9 +119,7 @@ def _cut(assignment: Assignment, candidate: Candidate, degree: int) -> None:
                 assignment.cut(atom, degree, count, stride, split.paddable)
 
 
-def _regions(
-    analysis: Analysis, tp: int, degrees: list[int], request: Request
-) -> tuple[Region, ...]:
+def _regions(analysis: Analysis, tp: int, degrees: list[int], request: Request) -> tuple[Region, ...]:
     order = {node: i for i, node in enumerate(analysis.graph.nodes)}
     found: list[tuple[int, Region]] = []
     for candidate, degree in zip(analysis.candidates, degrees, strict=True):
@@ -157,9 +155,7 @@ def _describe(
             collectives.append(f"forward all-reduce of per-token scalars, twice ({node.name})")
         elif summed or lookup:
             collectives.append(f"forward all-reduce of {node.name}")
-    outputs = [
-        n.name for n in region.calls if not n.users or any(u not in members for u in n.users)
-    ]
+    outputs = [n.name for n in region.calls if not n.users or any(u not in members for u in n.users)]
     largest = candidate.degrees(tp)[-1]
     sizes = ["·".join(str(a.size) for a in s.atoms) for s in candidate.splits]
     reason = f"{' | '.join(sizes)} divides by {degree}"

@@ -223,9 +223,7 @@ class _Uses:
                 continue
             summed = {a for axis in call.summed for a in atoms_of(axis) if a in usable}
             self.unpaddable |= summed
-            looked_up = (
-                {a for a in atoms_of(call.lookup) if a in usable} if call.lookup else set()
-            )
+            looked_up = {a for a in atoms_of(call.lookup) if a in usable} if call.lookup else set()
             if looked_up and ("indices", None) in call.operands:
                 if call.lookup is not None and not call.lookup.find().is_atom:
                     freeze(call.lookup, "a lookup along a composed axis")
@@ -355,9 +353,7 @@ def _summed_apart(atoms: list[Axis], other: Axis, uses: _Uses) -> bool:
             continue
         call = uses.axes.calls[node]
         summed = {a for axis in call.summed for a in atoms_of(axis)} & together
-        kept = {
-            a for dims in call.outputs if dims for axis in dims for a in atoms_of(axis)
-        } & together
+        kept = {a for dims in call.outputs if dims for axis in dims for a in atoms_of(axis)} & together
         if summed and kept:
             return True
     return False
@@ -380,9 +376,7 @@ def _tie(chosen: list[Candidate], uses: _Uses) -> list[Candidate]:
     return result
 
 
-def _find_regions(
-    graph: fx.Graph, axes: Axes, uses: _Uses, candidates: list[Candidate]
-) -> None:
+def _find_regions(graph: fx.Graph, axes: Axes, uses: _Uses, candidates: list[Candidate]) -> None:
     order = {node: i for i, node in enumerate(graph.nodes)}
     weights = _weights(axes)
     for candidate in candidates:

@@ -189,9 +189,7 @@ class _Sharder:
         self.env[node] = result
         self.inside[node] = degree
 
-    def _operands(
-        self, node: fx.Node, call: Call, degree: int, summed: bool
-    ) -> dict[str, Any]:
+    def _operands(self, node: fx.Node, call: Call, degree: int, summed: bool) -> dict[str, Any]:
         arguments: dict[str, Any] = {}
         for name, value in call.arguments.items():
             if isinstance(value, (list, tuple)):
@@ -281,9 +279,7 @@ class _Sharder:
         new.meta = {k: v for k, v in node.meta.items() if k not in ("val", "tensor_meta")}
         return new
 
-    def _random(
-        self, node: fx.Node, group: fx.Node, target: Any, args: Any, kwargs: Any
-    ) -> fx.Node:
+    def _random(self, node: fx.Node, group: fx.Node, target: Any, args: Any, kwargs: Any) -> fx.Node:
         args = fx.map_arg(args, lambda n: self.env.get(n, n))
         kwargs = fx.map_arg(kwargs, lambda n: self.env.get(n, n))
         new = self.new.create_node(
@@ -310,9 +306,7 @@ class _Sharder:
             result = self._create(node, "add", aten.add.Tensor, (result, self._bias), kwargs)
         return result
 
-    def _lookup(
-        self, node: fx.Node, call: Call, arguments: dict[str, Any], group: fx.Node
-    ) -> None:
+    def _lookup(self, node: fx.Node, call: Call, arguments: dict[str, Any], group: fx.Node) -> None:
         assert call.lookup is not None
         vocab = call.lookup.find()
         cut = self.assignment.cuts[vocab]

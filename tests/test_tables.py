@@ -93,7 +93,7 @@ def test_length_does_not_grow_with_layers() -> None:
 
 
 def test_numbers() -> None:
-    """Elements and bytes of a rank, the padding, and the number of all-reduces are those of the plan."""
+    """Elements and bytes of a rank, padding, and all-reduces are those of the plan."""
     plan = _plan(3)
     text = plan_table(plan)
     local = plan.parameter_numel_per_rank
@@ -106,7 +106,7 @@ def test_numbers() -> None:
 
 
 def test_what_stays_whole() -> None:
-    """Whole parameters and matmuls are listed with the reason, largest first, unknown operators too."""
+    """Whole parameters and matmuls stand with their reason, unknown operators with their place."""
     replicated = (
         Whole("linear_7 in h.1.router", 600, "sorted (aten.sort.default at h.1 (x.py:3))"),
         Whole("linear_2 in h.0.router", 600, "sorted (aten.sort.default at h.0 (x.py:3))"),
@@ -126,7 +126,7 @@ def test_what_stays_whole() -> None:
 
 
 def test_plain_text() -> None:
-    """No colour codes, no trailing blanks, nothing wider than asked, markup characters as they are."""
+    """No colour codes, no trailing blanks, not wider than asked, brackets as they are."""
     plan = Plan(2, (_region("layers.[red]0.mlp", reason="a reason " * 30),))
     for text in (plan_table(plan, width=100), str(_plan())):
         assert "\x1b" not in text

@@ -21,9 +21,7 @@ def like_first(call: Call) -> None:
 
 def shaped_as_other(call: Call) -> None:
     """``expand_as``: broadcast to the other's shape."""
-    call.outputs = [
-        call.broadcast([call.operand("self"), call.operand("other")], call.shape())
-    ]
+    call.outputs = [call.broadcast([call.operand("self"), call.operand("other")], call.shape())]
 
 
 def reduction(call: Call) -> None:

@@ -67,9 +67,7 @@ def squeeze(call: Call) -> None:
     if chosen is None:
         chosen = range(len(dims))
     drop = {call.dim(d, len(dims)) for d in ([chosen] if isinstance(chosen, int) else chosen)}
-    call.outputs = [
-        tuple(a for i, a in enumerate(dims) if i not in drop or a.find().size != 1)
-    ]
+    call.outputs = [tuple(a for i, a in enumerate(dims) if i not in drop or a.find().size != 1)]
 
 
 def expand(call: Call) -> None:
