@@ -22,6 +22,7 @@ from autoshard.parameters import Stored
 from autoshard.passes.shard import Sharded, SplitOutput
 from autoshard.pipeline import Program, analyse, rewrite
 from autoshard.plans import Plan
+from autoshard.progress import each
 from autoshard.rank import place_on, placeholder_values, rank_module
 
 LOGITS = ("auto", "whole", "sharded")
@@ -152,7 +153,8 @@ class ParallelModule(nn.Module):
         """Register parameters and buffers under the model's names, tied ones once."""
         mesh: Mesh = self.__dict__["_mesh"]
         made: dict[str, Tensor] = {}
-        for name, hollow in skeleton.named_parameters(remove_duplicate=False):
+        hollows = list(skeleton.named_parameters(remove_duplicate=False))
+        for name, hollow in each(hollows, len(hollows), "splitting parameters"):
             first = self._names[name]
             if first not in made:
                 value = stored_parameters.make_parameter(tensors[first], self._stored.get(first), mesh)

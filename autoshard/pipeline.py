@@ -1,16 +1,15 @@
 """The pipeline: what happens to a model, top to bottom.
 
-capture -> normalize -> assign_axes -> match -> assign_degrees -> shard -> merge -> check
+capture -> normalize -> assign_axes -> match -> assign_degrees -> shard -> check
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from time import perf_counter
 from typing import Any
 
-from torch import nn
+from torch import fx, nn
 
 from autoshard.capture import Captured, capture
 from autoshard.passes.assign_axes import assign_axes
@@ -20,6 +19,7 @@ from autoshard.passes.match import match
 from autoshard.passes.normalize import normalize
 from autoshard.passes.shard import Sharded, shard
 from autoshard.plans import Plan
+from autoshard.progress import Stages
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ def analyse(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     tp: int,
-    edit: Any = None,
+    edit: Callable[[fx.Graph], None] | None = None,
 ) -> Program:
     """Capture a model and find what can be split.
 
@@ -53,17 +53,17 @@ def analyse(
         edit: a function applied to the captured graph first (verification turns dropout off).
     """
     seconds: dict[str, float] = {}
-    clock = _Clock(seconds)
-    captured = capture(model, args, kwargs)
-    clock("capture")
-    if edit is not None:
-        edit(captured.graph)
-    graph = normalize(captured.graph, captured.parameters, captured.constants)
-    clock("normalize")
-    axes = assign_axes(graph, captured.parameters, captured.inputs)
-    clock("axes")
-    candidates = match(graph, axes, tp)
-    clock("match")
+    with Stages(seconds, ("capture", "normalize", "axes", "match")) as stages:
+        with stages.stage("capture"):
+            captured = capture(model, args, kwargs)
+        if edit is not None:
+            edit(captured.graph)
+        with stages.stage("normalize"):
+            graph = normalize(captured.graph, captured.parameters, captured.constants)
+        with stages.stage("axes"):
+            axes = assign_axes(graph, captured.parameters, captured.inputs)
+        with stages.stage("match"):
+            candidates = match(graph, axes, tp)
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
     analysis = Analysis(graph, axes, candidates, captured.parameters, shapes)
     return Program(captured, analysis, seconds)
@@ -72,28 +72,14 @@ def analyse(
 def rewrite(
     program: Program, tp: int, request: Request, keep_split: Collection[int] = ()
 ) -> tuple[Plan, Sharded]:
-    """Decide the degrees and write the rank's graph."""
-    clock = _Clock(program.seconds)
-    plan, assignment = assign_degrees(program.analysis, tp, request)
-    clock("plan")
-    sharded = shard(program.analysis.graph, program.analysis.axes, assignment, keep_split)
-    clock("shard")
-    inputs = {n.name for n in program.analysis.axes.differentiable if n.op == "placeholder"}
-    check(sharded, inputs)
-    clock("check")
+    """Decide the degrees, write the rank's graph, and check it."""
+    analysis = program.analysis
+    with Stages(program.seconds, ("plan", "shard", "check")) as stages:
+        with stages.stage("plan"):
+            plan, assignment = assign_degrees(analysis, tp, request)
+        with stages.stage("shard"):
+            sharded = shard(analysis.graph, analysis.axes, assignment, keep_split)
+        with stages.stage("check"):
+            inputs = {n.name for n in analysis.axes.differentiable if n.op == "placeholder"}
+            check(sharded, inputs)
     return plan, sharded
-
-
-def request_of(plan: Plan) -> Mapping[str, int]:
-    """The request that gives this plan again."""
-    return plan.degrees
-
-
-class _Clock:
-    def __init__(self, seconds: dict[str, float]) -> None:
-        self.seconds, self.last = seconds, perf_counter()
-
-    def __call__(self, stage: str) -> None:
-        now = perf_counter()
-        self.seconds[stage] = now - self.last
-        self.last = now

@@ -10,7 +10,7 @@ import hashlib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 
 from torch import fx
 
@@ -37,6 +37,11 @@ class Analysis:
     """Placeholder of a parameter -> the parameter's name."""
     shapes: Mapping[str, tuple[int, ...]]
     """Name -> shape of all parameters of the model, used or not."""
+
+    @cached_property
+    def hints(self) -> Hints:
+        """The traced sizes of the graph's symbols."""
+        return Hints(self.graph)
 
 
 def assign_degrees(analysis: Analysis, tp: int, request: Request) -> tuple[Plan, Assignment]:
@@ -132,7 +137,7 @@ def _regions(analysis: Analysis, tp: int, degrees: list[int], request: Request) 
 def _describe(
     analysis: Analysis, candidate: Candidate, region: Found, degree: int, tp: int, request: Request
 ) -> Region:
-    axes, hints = analysis.axes, Hints(analysis.graph)
+    axes, hints = analysis.axes, analysis.hints
     members = set(region.calls)
     parameters: dict[str, None] = {}
     inputs: dict[str, None] = {}
@@ -232,7 +237,7 @@ def _why_whole(dims: tuple[Axis, ...], assignment: Assignment) -> str:
 
 
 def _replicated(analysis: Analysis, assignment: Assignment) -> tuple[Whole, ...]:
-    hints = Hints(analysis.graph)
+    hints = analysis.hints
     found = []
     for node, call in analysis.axes.calls.items():
         if not call.flops:
@@ -250,7 +255,7 @@ def _replicated(analysis: Analysis, assignment: Assignment) -> tuple[Whole, ...]
 
 def _sharded_fraction(analysis: Analysis, assignment: Assignment, tp: int) -> float:
     """Share f of the matmul FLOPs that run on a shard."""
-    hints = Hints(analysis.graph)
+    hints = analysis.hints
     total = split = 0
     for call in analysis.axes.calls.values():
         flops = hints(call.flops)

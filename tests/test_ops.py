@@ -319,9 +319,7 @@ def whole_loss(case: dict[str, Any]) -> dict[str, Tensor]:
     return whole | {"grad": grad_of(logits)} | ({} if weight is None else {"weight": weight})
 
 
-def split_loss(
-    case: dict[str, Any], whole: dict[str, Tensor], group: Group
-) -> tuple[Tensor, Tensor]:
+def split_loss(case: dict[str, Any], whole: dict[str, Tensor], group: Group) -> tuple[Tensor, Tensor]:
     """This rank's loss and gradient; what is padding in its logits is a large number."""
     class_dim = 0 if case["batch"] is None else 1
     rows, local = case["rows"], case["local"]
@@ -700,9 +698,7 @@ def test_processes_and_threads_agree(tp: int, degrees: tuple[int, ...]) -> None:
             ours, theirs = threads[rank][degree], processes[rank][degree]
             assert ours.keys() == theirs.keys()
             for name in ours:
-                torch.testing.assert_close(
-                    ours[name], theirs[name], msg=partial("{}: {}".format, name)
-                )
+                torch.testing.assert_close(ours[name], theirs[name], msg=partial("{}: {}".format, name))
 
 
 def counts() -> dict[str, tuple[int, int]]:

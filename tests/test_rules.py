@@ -71,7 +71,7 @@ class Trial:
         """The axes of parameters that can be split, each once."""
         dims = [axis for node in self.axes.parameters for axis in self.axes.dims[node]]
         atoms = dict.fromkeys(a for axis in dims for a in atoms_of(axis))
-        return [a for a in atoms if a.frozen is None]
+        return [a for a in atoms if a.frozen is None and a.size != 0]
 
 
 Refine = tuple[str, int]  # how one dimension of a parameter is refined by another use, and where
@@ -247,6 +247,8 @@ def schemes(trial: Trial, degrees: Sequence[int] = (2, 3, 4)) -> Iterator[Scheme
         torch.Tag.nondeterministic_seeded in node.target.tags for node in trial.axes.calls
     )
     for group in groups:
+        if random and len(group) == 1 and any(group[0] in pair for pair in uses.ties):
+            continue
         sizes = [a.size for a in group]
         for degree in degrees:
             if all(_size(a) % degree == 0 for a in group):

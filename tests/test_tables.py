@@ -73,7 +73,8 @@ def test_folded(names: list[str], expected: list[str]) -> None:
 
 def test_siblings() -> None:
     """Parameters of one module are one name."""
-    names = ["h.0.ln.weight", "h.0.ln.bias", "h.1.ln.weight", "h.1.ln.bias", "scale", "h.0.fc.weight"]
+    names = [f"h.{i}.ln.{leaf}" for i in (0, 1) for leaf in ("weight", "bias")]
+    names += ["scale", "h.0.fc.weight"]
     assert siblings(names) == ["h.{0..1}.ln.{weight,bias}", "scale", "h.0.fc.weight"]
 
 
