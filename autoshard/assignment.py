@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from autoshard.axes import Axis, Size, atoms_of
-from autoshard.layouts import Concat, Layout, Leaf, Product
+from autoshard.layouts import Concat, Layout, Leaf, Product, is_disjoint, is_split
 
 ALIGNMENT = 128  # a rank's rows of a vocabulary are padded to a multiple (paper, section 5.1)
 ALIGNED_FROM = 1024  # fewer rows than this are not worth it
@@ -103,3 +103,18 @@ def _simplified(factors: tuple[Layout, ...]) -> Layout:
             else:
                 flat.append(f)
     return flat[0] if len(flat) == 1 else Product(tuple(flat))
+
+
+def stored_dim(dims: tuple[Axis, ...], assignment: Assignment) -> int | None:
+    """The dimension by which a parameter is stored split, or None where it is stored whole.
+
+    It is stored split only where every rank of the group holds a share of its own: key/value heads
+    fewer than the ranks stay whole, each rank using the rows of its heads.
+    """
+    split = [i for i, axis in enumerate(dims) if is_split(assignment.layout(axis))]
+    if len(split) != 1:
+        return None
+    axis = dims[split[0]]
+    cuts = assignment.cuts_in([axis])
+    degree = max(c.degree for c in cuts.values())
+    return split[0] if is_disjoint(assignment.layout(axis), degree) else None

@@ -19,11 +19,11 @@ from autoshard.errors import AutoshardError
 from autoshard.groups import ProcessGroupComm
 from autoshard.mesh import Mesh
 from autoshard.parameters import Stored
-from autoshard.passes.shard import Sharded, SplitOutput
 from autoshard.pipeline import Program, analyse, rewrite
 from autoshard.plans import Plan
 from autoshard.progress import each
 from autoshard.rank import place_on, placeholder_values, rank_module
+from autoshard.sharded import Sharded, SplitOutput
 
 LOGITS = ("auto", "whole", "sharded")
 

@@ -11,15 +11,17 @@ from typing import Any
 
 from torch import fx, nn
 
+from autoshard.analysis import Analysis
 from autoshard.capture import Captured, capture
 from autoshard.passes.assign_axes import assign_axes
-from autoshard.passes.assign_degrees import Analysis, Request, assign_degrees
+from autoshard.passes.assign_degrees import Request, assign_degrees
 from autoshard.passes.check import check
 from autoshard.passes.match import match
 from autoshard.passes.normalize import normalize
-from autoshard.passes.shard import Sharded, shard
+from autoshard.passes.shard import shard
 from autoshard.plans import Plan
 from autoshard.progress import Stages
+from autoshard.sharded import Sharded
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 from autoshard import layouts
 from autoshard.capture import Captured
 from autoshard.groups import Group
-from autoshard.passes.shard import Sharded
+from autoshard.sharded import Sharded
 
 _CODEGEN = threading.Lock()
 

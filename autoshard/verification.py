@@ -19,10 +19,10 @@ from autoshard import capture as capturing
 from autoshard.errors import AutoshardError
 from autoshard.exactly import edit_exactly, exactly
 from autoshard.inputs import normalized_inputs
-from autoshard.passes.shard import Sharded
 from autoshard.pipeline import Program, analyse, rewrite
 from autoshard.plans import Plan
 from autoshard.rank import local_share, placeholder_values, rank_module, whole_tensor
+from autoshard.sharded import Sharded
 from autoshard.simulate import RankContext, run_ranks
 
 TOLERANCE = {

@@ -16,13 +16,13 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Collection
-from dataclasses import dataclass, field
 from typing import Any
 
 import sympy
 import torch
 from torch import fx
 
+from autoshard.analysis import Axes
 from autoshard.axes import Axis, Size, freeze, product_of
 from autoshard.rules import Call, bind, rule_for, where
 from autoshard.rules.call import Dims, is_tensor, size_of
@@ -34,29 +34,6 @@ VIEWS = (
     torch.ops.aten.reshape.default,
     torch.ops.aten._unsafe_view.default,
 )
-
-
-@dataclass(eq=False)
-class Axes:
-    """The result of the walk.
-
-    Attributes:
-        calls: each weight-dependent operator and the axes of its operands and results.
-        dims: the axes of each weight-dependent tensor (parameters included).
-        outputs: the axes of the graph's outputs that depend on parameters.
-        parameters: the placeholders of parameters.
-        unknown: operators without a rule, with their place.
-        differentiable: values that a gradient can flow through.
-        inputs: the placeholders of the model's inputs.
-    """
-
-    calls: dict[fx.Node, Call] = field(default_factory=dict)
-    dims: dict[fx.Node, Dims] = field(default_factory=dict)
-    outputs: list[fx.Node] = field(default_factory=list)
-    parameters: list[fx.Node] = field(default_factory=list)
-    unknown: list[str] = field(default_factory=list)
-    differentiable: set[fx.Node] = field(default_factory=set)
-    inputs: frozenset[fx.Node] = frozenset()
 
 
 def assign_axes(graph: fx.Graph, parameters: Collection[str], inputs: Collection[str]) -> Axes:

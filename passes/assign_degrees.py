@@ -9,39 +9,17 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import partial
 
-from torch import fx
-
-from autoshard.assignment import Assignment
+from autoshard.analysis import Analysis, Candidate, Found
+from autoshard.assignment import Assignment, stored_dim
 from autoshard.axes import Axis, atoms_of
 from autoshard.errors import PlanError
-from autoshard.layouts import is_disjoint, is_split, share_size
-from autoshard.passes.assign_axes import Axes
-from autoshard.passes.match import Candidate, Found, Hints
+from autoshard.layouts import share_size
 from autoshard.plans import ParameterShare, Plan, Region, Whole
 from autoshard.rules.call import module_path
 
 Request = str | int | Mapping[str, int]
-
-
-@dataclass(frozen=True)
-class Analysis:
-    """A graph and what the passes found out about it."""
-
-    graph: fx.Graph
-    axes: Axes
-    candidates: tuple[Candidate, ...]
-    names: Mapping[str, str]
-    """Placeholder of a parameter -> the parameter's name."""
-    shapes: Mapping[str, tuple[int, ...]]
-    """Name -> shape of all parameters of the model, used or not."""
-
-    @cached_property
-    def hints(self) -> Hints:
-        """The traced sizes of the graph's symbols."""
-        return Hints(self.graph)
 
 
 def assign_degrees(analysis: Analysis, tp: int, request: Request) -> tuple[Plan, Assignment]:
@@ -212,21 +190,6 @@ def _parameters(analysis: Analysis, assignment: Assignment) -> tuple[ParameterSh
         padded = max(c.padded * c.parts if c.padded != c.rows else 0 for c in cuts)
         found.append(ParameterShare(name, shape, dim, degree, str(layout), local, padded, ""))
     return tuple(found)
-
-
-def stored_dim(dims: tuple[Axis, ...], assignment: Assignment) -> int | None:
-    """The dimension by which a parameter is stored split, or None where it is stored whole.
-
-    It is stored split only where every rank of the group holds a share of its own: key/value heads
-    fewer than the ranks stay whole, each rank using the rows of its heads.
-    """
-    split = [i for i, axis in enumerate(dims) if is_split(assignment.layout(axis))]
-    if len(split) != 1:
-        return None
-    axis = dims[split[0]]
-    cuts = assignment.cuts_in([axis])
-    degree = max(c.degree for c in cuts.values())
-    return split[0] if is_disjoint(assignment.layout(axis), degree) else None
 
 
 def _why_whole(dims: tuple[Axis, ...], assignment: Assignment) -> str:

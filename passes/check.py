@@ -24,8 +24,8 @@ from torch import fx
 
 from autoshard import ops, shares
 from autoshard.errors import UnsoundGraphError
-from autoshard.passes.shard import Sharded
 from autoshard.rules import where
+from autoshard.sharded import Sharded
 
 ENTERS = (ops.copy, shares.local_part)
 LEAVES = (ops.reduce, ops.gather, ops.leave, ops.vocab_cross_entropy)

@@ -26,20 +26,19 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import fx
 
 from autoshard import ops, shares
-from autoshard.assignment import Assignment
+from autoshard.analysis import Axes
+from autoshard.assignment import Assignment, stored_dim
 from autoshard.axes import Axis, Size, atoms_of
 from autoshard.errors import PlanError
 from autoshard.layouts import Layout, is_contiguous, is_split
-from autoshard.passes.assign_axes import Axes
-from autoshard.passes.assign_degrees import stored_dim
 from autoshard.rules import Call, rule_for, where
+from autoshard.sharded import Sharded, SplitOutput
 
 aten = torch.ops.aten
 
@@ -49,32 +48,6 @@ UNBIASED: dict[Any, tuple[Any, str]] = {
     aten.addmm.default: (aten.mm.default, "self"),
     aten.baddbmm.default: (aten.bmm.default, "self"),
 }
-
-
-@dataclass(frozen=True)
-class SplitOutput:
-    """A flat output that leaves a rank as its share: of dimension ``dim``, of true size ``size``."""
-
-    dim: int
-    size: int
-    degree: int
-
-
-@dataclass(frozen=True)
-class Sharded:
-    """The rank's graph.
-
-    Attributes:
-        graph: the same on every rank; groups are attributes ``tp<degree>``.
-        stored: parameter placeholder -> (dimension, layout, degree) where it is stored split.
-        outputs: one entry per flat output, None where it is whole.
-        degrees: degrees of the groups that the graph uses.
-    """
-
-    graph: fx.Graph
-    stored: Mapping[str, tuple[int, Layout, int]]
-    outputs: tuple[SplitOutput | None, ...]
-    degrees: tuple[int, ...]
 
 
 def shard(

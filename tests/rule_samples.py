@@ -344,6 +344,13 @@ def view_across(draw: Draw) -> Sample:
     return Sample((draw.real(4, 6), [6, 4]), splits=0)
 
 
+def view_as(draw: Draw) -> Sample:
+    """A dimension is taken apart, or two are joined, as in another tensor."""
+    a, b, c = draw.size(), draw.size(), draw.size()
+    shapes = draw.choice(([a, b * c], [a, b, c]), ([a, b, c], [a, b * c]))
+    return Sample(tuple(draw.real(*shape) for shape in shapes), splits=3)
+
+
 def flatten(draw: Draw) -> Sample:
     """Some dimensions joined."""
     start, end = draw.choice((0, -1), (1, 2), (0, 1), (1, 1))
@@ -557,6 +564,8 @@ SAMPLES: dict[str, tuple[Build, ...]] = {
     "aten.view.default": (view, view_across),
     "aten._unsafe_view.default": (view,),
     "aten.reshape.default": (view, view_across),
+    "aten.view_as.default": (view_as,),
+    "aten.reshape_as.default": (view_as,),
     "aten.flatten.using_ints": (flatten, shaped(args=(0, -1), splits=0)),
     "aten.unflatten.int": (unflatten,),
     "aten.transpose.int": (cube(0, 1, splits=3), cube(-1, 1, splits=3), unary(0, 0)),
@@ -596,7 +605,7 @@ SAMPLES: dict[str, tuple[Build, ...]] = {
         chunk, shaped(10, 6, splits=1, args=(3,)), shaped(4, 6, splits=2, args=(1,))
     ),
     "aten.cat.default": (
-        cross_joined, many((4, 6), splits=2), many((4, 6), (0, 6), splits=2, args=(0,)),
+        cross_joined, many((4, 6), splits=2), many((4, 6), (0, 6), splits=2, args=(0,))
     ),
     "aten.concat.default": (cross_joined,),
     "aten.concatenate.default": (cross_joined,),

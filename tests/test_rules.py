@@ -7,7 +7,6 @@ graph runs on simulated ranks, and results and gradients are compared with the c
 from __future__ import annotations
 
 import operator
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -16,7 +15,7 @@ from typing import Any
 import networkx as nx
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
@@ -34,12 +33,12 @@ from autoshard.rules.call import Call
 from autoshard.rules.table import computed, row
 from autoshard.simulate import RankContext, run_ranks
 from tests.rule_samples import (
+    SAMPLES,
     Build,
     Draw,
     Fixed,
     Sample,
     builders,
-    is_row,
     operator_named,
     pointwise_builders,
 )
@@ -241,7 +240,7 @@ def schemes(trial: Trial, degrees: Sequence[int] = (2, 3, 4)) -> Iterator[Scheme
     uses = match._Uses(trial.axes, set(free), match.Hints(trial.graph))
     ties = nx.Graph([tuple(pair) for pair in uses.ties])
     groups = [(a,) for a in free]
-    groups += [tuple(a for a in free if a in tied) for tied in nx.connected_components(ties)]
+    groups += [_together(free, tied, uses) for tied in nx.connected_components(ties)]
     lookups = {c.lookup.find() for c in trial.axes.calls.values() if c.lookup is not None}
     random = any(
         torch.Tag.nondeterministic_seeded in node.target.tags for node in trial.axes.calls
@@ -264,6 +263,15 @@ def schemes(trial: Trial, degrees: Sequence[int] = (2, 3, 4)) -> Iterator[Scheme
         if _nested(outer, inner, trial) and not match._summed_apart([outer], inner, uses):
             if _size(outer) % 2 == 0 and _size(inner) % 2 == 0 and 4 in degrees:
                 yield Scheme(4, ((outer, 2, 2, False), (inner, 2, 1, False)))
+
+
+def _together(free: list[Axis], tied: set[Axis], uses: Any) -> tuple[Axis, ...]:
+    """Of axes that are tied, those that can be cut at once: one of each product."""
+    chosen: list[Axis] = []
+    for axis in free:
+        if axis in tied and not uses.conflicts[axis] & set(chosen):
+            chosen.append(axis)
+    return tuple(chosen)
 
 
 def _size(axis: Axis) -> int:
@@ -422,7 +430,8 @@ REFINE = st.sampled_from([WHOLE, ("product", 0), ("product", 1), ("parts", 0), (
 @pytest.mark.usefixtures("small_padding")
 @pytest.mark.parametrize("name", RULES)
 @settings(
-    max_examples=25,
+    max_examples=10,
+    phases=[Phase.explicit, Phase.generate],  # the calls are small as they are
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 @given(data=st.data())
@@ -443,3 +452,140 @@ def test_rule_holds_on_drawn_calls(name: str, data: st.DataObject) -> None:
     found = list(schemes(tried))
     if found:
         check(tried, found[data.draw(st.integers(0, len(found) - 1))])
+
+
+# -- pointwise by its tag ------------------------------------------------------------------------
+
+COMMON = (
+    "add.Tensor", "sub.Tensor", "mul.Tensor", "div.Tensor", "pow.Tensor_Scalar", "neg.default",
+    "exp.default", "log.default", "sqrt.default", "rsqrt.default", "tanh.default", "erf.default",
+    "sigmoid.default", "relu.default", "gelu.default", "silu.default", "maximum.default",
+    "where.self", "masked_fill.Scalar", "lt.Tensor", "addcmul.default", "lerp.Tensor",
+    "clamp.default", "leaky_relu.default", "abs.default",
+)  # fmt: skip
+
+
+def tagged() -> list[str]:
+    """Operators that have the pointwise tag, change nothing in place, and have no row."""
+    found = []
+    for name in dir(torch.ops.aten):
+        packet = getattr(torch.ops.aten, name)
+        if not isinstance(packet, torch._ops.OpOverloadPacket):
+            continue
+        for overload in packet.overloads():
+            op = getattr(packet, overload)
+            if f"aten.{name}.{overload}" in RULES or op._schema.is_mutable:
+                continue
+            if torch.Tag.pointwise in op.tags:
+                found.append(f"{name}.{overload}")
+    return found
+
+
+def takes_reals(op: Any, sample: Sample) -> bool:
+    """Whether the operator is defined on floats at all: parameters are never anything else."""
+    try:
+        op(*sample.args, **sample.kwargs)
+    except (RuntimeError, NotImplementedError):
+        return False
+    return any(isinstance(a, Tensor) and a.is_floating_point() for a in sample.args)
+
+
+def has_derivative(op: Any, sample: Sample) -> bool:
+    """Whether a backward pass through the operator works."""
+    leaves = [_leaf(a, True) if isinstance(a, Tensor) and a.is_floating_point() else a
+              for a in sample.args]  # fmt: skip
+    try:
+        results = [r for r in pytree.tree_leaves(op(*leaves)) if r.requires_grad]
+        torch.autograd.backward([r.sum() for r in results])
+    except RuntimeError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        name if name in COMMON else pytest.param(name, marks=pytest.mark.slow)
+        for name in sorted({*tagged(), *COMMON})
+    ],
+)
+def test_tagged_operator_is_pointwise(name: str) -> None:
+    """What PyTorch tags as pointwise is, on operands of one shape and on broadcast ones."""
+    op = operator_named(f"aten.{name}")
+    rule = rule_for(op)
+    assert rule is not None and rule.text == "pointwise"
+    for build in pointwise_builders(op):
+        sample = build(Draw(first))
+        if takes_reals(op, sample):
+            sample = replace(sample, backward=has_derivative(op, sample))
+            assert brute_force(trial(op, sample), degrees=(2,))
+
+
+# -- what leaves as a share ----------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("small_padding")
+@pytest.mark.parametrize("rows", [8, 9, 11, 5])
+@pytest.mark.parametrize("degree", [2, 3, 4])
+def test_output_leaves_as_share(rows: int, degree: int) -> None:
+    """Logits kept split leave each rank with its own true rows, padding dropped, gradients right."""
+    draw = Draw(first)
+    sample = Sample((draw.real(6, 4), draw.real(rows, 4), draw.real(rows)))
+    tried = trial(torch.ops.aten.linear.default, sample)
+    axis = tried.axes.dims[tried.axes.outputs[0]][-1].find()
+    scheme = Scheme(degree, ((axis, degree, 1, True),))
+    sharded = shard(tried.graph, tried.axes, scheme.assignment(), {0})
+    assert sharded.outputs[0] is not None and sharded.outputs[0].size == rows
+    check(tried, scheme, keep_split=True)
+
+
+# -- a wrong rule is caught ----------------------------------------------------------------------
+
+
+def _select_passing(call: Call) -> None:
+    dims = list(call.operand("self"))
+    del dims[call.arguments["dim"]]
+    call.outputs = [tuple(dims)]
+
+
+def _free_norm(call: Call) -> None:
+    dims = call.operand("input")
+    for name in ("weight", "bias"):
+        call.unify(call.operand(name)[0], dims[-1])
+    call.outputs = [dims]
+
+
+WRONG: list[tuple[str, Rule, str]] = [
+    ("aten.softmax.int", computed(pointwise), "softmax passes the axis that it runs over"),
+    ("aten.linear.default", row("* k, n k, n! -> * n"), "the contracted axis is not summed"),
+    ("aten.linear.default", row("* k+, n k+, n -> * n"), "the bias is added on every rank"),
+    ("aten.mm.default", row("m k+, j n -> m n"), "the right operand's rows are another axis"),
+    ("aten.select.int", computed(_select_passing), "an index into a split axis"),
+    ("aten.mean.dim", computed(reduction), "a mean is summed like a sum"),
+    ("aten.layer_norm.default", computed(_free_norm), "the normalized axis passes"),
+    ("aten.cumsum.default", computed(pointwise), "a running sum passes its axis"),
+    ("aten.transpose.int", computed(pointwise), "two axes are not swapped"),
+]
+
+
+@pytest.mark.parametrize(("name", "rule", "why"), WRONG, ids=[why for _, _, why in WRONG])
+def test_wrong_rule_is_caught(
+    name: str, rule: Rule, why: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The brute force would notice a wrong row in the table."""
+    build = SAMPLES.get(name, builders(name))[0]
+    monkeypatch.setitem(RULES, name, rule)
+    rule_for.cache_clear()
+    try:
+        with pytest.raises(Wrong):
+            brute_force(trial(operator_named(name), build(Draw(first))))
+    finally:
+        monkeypatch.undo()
+        rule_for.cache_clear()
+
+
+def test_right_rule_is_not_caught() -> None:
+    """The samples that catch the wrong rules pass with the right ones."""
+    for name, _, _ in WRONG:
+        build = SAMPLES.get(name, builders(name))[0]
+        assert brute_force(trial(operator_named(name), build(Draw(first)))) > 0

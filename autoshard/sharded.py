@@ -1,0 +1,36 @@
+"""The rank's graph, and how its parameters and outputs lie on the ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import fx
+
+from autoshard.layouts import Layout
+
+
+@dataclass(frozen=True)
+class SplitOutput:
+    """A flat output that leaves a rank as its share: of dimension ``dim``, of true size ``size``."""
+
+    dim: int
+    size: int
+    degree: int
+
+
+@dataclass(frozen=True)
+class Sharded:
+    """The rank's graph.
+
+    Attributes:
+        graph: the same on every rank; groups are attributes ``tp<degree>``.
+        stored: parameter placeholder -> (dimension, layout, degree) where it is stored split.
+        outputs: one entry per flat output, None where it is whole.
+        degrees: degrees of the groups that the graph uses.
+    """
+
+    graph: fx.Graph
+    stored: Mapping[str, tuple[int, Layout, int]]
+    outputs: tuple[SplitOutput | None, ...]
+    degrees: tuple[int, ...]
