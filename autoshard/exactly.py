@@ -7,11 +7,12 @@ casts gone on both sides: in the graph by rewriting its dtypes, in eager by a to
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -39,11 +40,27 @@ class _Exact(TorchDispatchMode):
             return args[0].clone(), torch.ones_like(args[0], dtype=torch.bool)
         if func is aten.native_dropout_backward.default:
             return args[0].clone()
+        if func is aten._grouped_mm.default and args[0].dtype is torch.float64:
+            return _grouped_mm(*args[:3])
         if self.dtype is torch.float64:
             args, kwargs = pytree.tree_map_only(
                 torch.dtype, lambda d: self.dtype if d in LOWER else d, (args, kwargs)
             )
         return func(*args, **kwargs)
+
+
+def _grouped_mm(a: Tensor, b: Tensor, offs: Tensor) -> Tensor:
+    """The grouped matmul, whose kernels know no float64: groups end at ``offs`` along one axis.
+
+    ``[T, k] x [E, k, n] -> [T, n]``, and ``[k, T] x [T, n] -> [E, k, n]`` in its backward.
+    """
+    ends = [0, *offs.tolist()]
+    groups = [slice(i, j) for i, j in itertools.pairwise(ends)]
+    if b.dim() == 2:
+        return torch.stack([a[:, g] @ b[g] for g in groups])
+    parts = [a[g] @ b[e] for e, g in enumerate(groups)]
+    rest = a.new_zeros((a.shape[0] - ends[-1], b.shape[2]))
+    return torch.cat([*parts, rest])
 
 
 @contextlib.contextmanager

@@ -1,6 +1,6 @@
 """Train one small GPT-2 twice, on one process and split over several, and compare the losses.
 
-    python examples/demo.py [--data FILE] [--steps 150] [--tp 2]
+    python examples/demo.py [--data FILE] [--steps 100] [--tp 2]
 
 The model is Hugging Face's GPT2LMHeadModel, unchanged; the text is the source of Python's own
 standard library, read as bytes. The ranks talk over NCCL where the machine has a GPU for each, and
@@ -76,6 +76,7 @@ def train(model: nn.Module, tokens: Tensor, steps: int, title: str, show: bool) 
     """An ordinary training loop: it does not know whether the model is split."""
     device = next(model.parameters()).device
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    warmup = torch.optim.lr_scheduler.LinearLR(optimizer, 0.05, total_iters=20)
     losses: list[float] = []
     with Progress(console=console, disable=not show) as progress:
         task = progress.add_task(title, total=steps)
@@ -86,6 +87,7 @@ def train(model: nn.Module, tokens: Tensor, steps: int, title: str, show: bool) 
             loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
+            warmup.step()
             losses.append(loss.item())
             progress.update(task, advance=1, description=f"{title}, loss {losses[-1]:.3f}")
     return losses
@@ -188,7 +190,7 @@ def main() -> int:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--data", type=Path, help="train on this file instead")
-    parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--tp", type=int, default=2, help="processes to split over")
     parser.add_argument("--out", type=Path, default=Path("demo-output"))
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
@@ -202,6 +204,7 @@ def main() -> int:
     console.print(f"{type(model).__name__}, {whole:,} parameters; {len(tokens):,} bytes of text")
     if torch.cuda.device_count() >= args.tp:
         model.to("cuda")
+    torch.set_num_threads(1)  # as each rank has
     start = time.perf_counter()
     one = train(model, tokens, args.steps, "1 process", show=True)
     seconds = time.perf_counter() - start

@@ -106,7 +106,10 @@ def _entering(node: fx.Node, degree: int, side: dict[fx.Node, int]) -> int:
 
 
 def _passes_gradient(node: fx.Node) -> bool:
-    return node.target not in (torch.ops.aten.detach.default, torch.ops.aten.sym_size.int)
+    if node.target in (torch.ops.aten.detach.default, torch.ops.aten.sym_size.int):
+        return False
+    value = node.meta.get("val")  # known for values that are whole
+    return not isinstance(value, torch.Tensor) or value.is_floating_point() or value.is_complex()
 
 
 def _group(degree: int) -> str:

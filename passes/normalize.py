@@ -192,21 +192,24 @@ def _out_of_place(node: fx.Node) -> None:
     overload = getattr(packet, target._overloadname, None) if packet is not None else None
     operand = node.args[0]
     if overload is None or not isinstance(operand, fx.Node) or _is_view(operand):
-        raise CaptureError(f"an in-place operator on a view is not supported yet: {where(node)}")
+        return  # stays as it is: an operator without a rule, which keeps all it touches whole
     later: set[fx.Node] = set()
     cursor = node.next
     while cursor.op != "root":
         later.add(cursor)
         cursor = cursor.next
     if any(_is_view(user) for user in operand.users if user not in later and user is not node):
-        raise CaptureError(f"an in-place operator on a viewed tensor: {where(node)}")
+        return
     node.target = overload
     operand.replace_all_uses_with(node, delete_user_cb=lambda user: user in later)
 
 
 def _is_view(node: fx.Node) -> bool:
-    if node.op == "placeholder" or node.target is operator.getitem:
+    if node.op == "placeholder":
         return True
+    if node.target is operator.getitem:
+        source = node.args[0]
+        return not isinstance(source, fx.Node) or _is_view(source)
     if not isinstance(node.target, torch._ops.OpOverload):
         return False
     return any(

@@ -47,6 +47,8 @@ UNBIASED: dict[Any, tuple[Any, str]] = {
     aten.linear.default: (aten.linear.default, "bias"),
     aten.addmm.default: (aten.mm.default, "self"),
     aten.baddbmm.default: (aten.bmm.default, "self"),
+    aten.conv1d.default: (aten.conv1d.default, "bias"),
+    aten.conv2d.default: (aten.conv2d.default, "bias"),
 }
 
 

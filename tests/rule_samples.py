@@ -473,8 +473,8 @@ SAMPLES: dict[str, tuple[Build, ...]] = {
         biased("1"), biased("", beta=0.5), biased("n", beta=0),
     ),
     "aten.baddbmm.default": (
-        biased("bmn", True, beta=2, alpha=3), biased("b1n", True), biased("11n", True), biased("n", True),
-        biased("mn", True), biased("bm1", True, alpha=0.5), biased("1", True, beta=0),
+        biased("bmn", True, beta=2, alpha=3), biased("b1n", True), biased("11n", True),
+        biased("n", True), biased("mn", True), biased("bm1", True, alpha=0.5), biased("1", True, beta=0),
     ),
     "aten.matmul.default": (
         pair("k", "k", 1), pair("mk", "k", 2), pair("k", "kn", 2), pair("mk", "kn", 3),

@@ -109,7 +109,11 @@ def _serve(folder: Path) -> None:
         faulthandler.dump_traceback_later(120, exit=True)
         torch.manual_seed(0)
         fn, args = pickle.loads(job.read_bytes())
-        _write(folder / f"{number}.{rank}", fn(*args))
+        t = time.process_time()  # DEV
+        result = fn(*args)
+        with open("/tmp/cpu.log", "a") as f:  # DEV
+            print(rank, fn.__name__, args, f"{time.process_time() - t:.1f}", file=f)  # DEV
+        _write(folder / f"{number}.{rank}", result)
         faulthandler.cancel_dump_traceback_later()
         number += 1
 
@@ -669,7 +673,7 @@ def test_gradients_of_inputs_and_frozen_parameters(two: Ranks) -> None:
 
 def state(name: str, tp: int, degrees: dict[str, int]) -> dict[str, Any]:
     """Everything that is saved and loaded, against the model."""
-    model, batch = sample(name, torch.float32)
+    model, batch = sample(name)
     tp_model = split(model, tp, batch, degrees)
     own = model.state_dict()
     saved = tp_model.state_dict()
@@ -686,7 +690,7 @@ def state(name: str, tp: int, degrees: dict[str, int]) -> dict[str, Any]:
         == [n for n, _ in model.named_parameters()],
         "split": sorted({p.degree for p in tp_model.plan.parameters}),
     }
-    other, _ = sample(name, torch.float32, seed=1)
+    other, _ = sample(name, seed=1)
     loading = {"plain": other.state_dict(), "own": saved}
     for source, values in loading.items():
         outcome = tp_model.load_state_dict(values)
@@ -699,7 +703,9 @@ def state(name: str, tp: int, degrees: dict[str, int]) -> dict[str, Any]:
         tp_model.load_state_dict({**own, first: own[first][:-1]})
     except RuntimeError as refused:
         found["refused"] = first in str(refused)
-    found["loss"] = error(loss_of(tp_model(**batch)).detach(), loss_of(model(**batch)).detach())
+    with torch.no_grad(), exactly(torch.float64):
+        expected = loss_of(model(**batch))
+    found["loss"] = error(loss_of(tp_model(**batch)).detach(), expected)
     return found
 
 
@@ -715,7 +721,7 @@ def state(name: str, tp: int, degrees: dict[str, int]) -> dict[str, Any]:
 def test_state_dicts(four: Ranks, name: str, degrees: dict[str, int]) -> None:
     """Names, shapes and values are the model's: fused QKV, odd vocabulary, tied weights."""
     for rank, found in enumerate(four(state, name, 4, degrees)):
-        assert found.pop("loss") < 1e-5
+        assert found.pop("loss") < TOLERANCE
         assert found.pop("split") == ([1, 2, 4] if degrees else [1, 4])
         streamed = found.pop("streamed")
         assert bool(streamed) == (rank == 0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from autoshard import axes
 from autoshard.axes import Axis
 from autoshard.rules.call import Call
+from autoshard.rules.local import Local
 from autoshard.rules.notation import apply_row, parse
 from autoshard.rules.views import frozen
 
@@ -141,3 +142,40 @@ def cross_entropy(call: Call) -> None:
         call.freeze(call.operand("weight"), "class weights of the loss")
     call.lookup = logits[classes]
     call.outputs = [tuple(rest) if len(call.shape()) else ()]
+
+
+def convolution(call: Call) -> None:
+    """``b i+ l^, o i+ k^, o! -> b o l``; depthwise (a group per channel): ``b c l^, c 1 k^, c``."""
+    x, weight = call.operand("input"), call.operand("weight")
+    rank = len(weight) - 2
+    spatial = (*x[len(x) - rank :], *weight[2:])
+    call.freeze(spatial, "convolved over this axis")
+    shape = call.shape()
+    new = tuple(Axis(size) for size in shape[len(shape) - rank :])
+    call.freeze(new, "convolved over this axis")
+    channels, groups = x[len(x) - rank - 1], call.arguments["groups"]
+    if groups == 1:
+        call.unify(channels, weight[1])
+        call.summed = [channels]
+        if call.given("bias"):
+            call.added_once.append(("bias", None))
+    elif channels.find().size == weight[0].find().size == groups:
+        call.unify(channels, weight[0])
+    else:
+        call.freeze((channels, weight[0]), "a grouped convolution")
+    if call.given("bias"):
+        call.unify(call.operand("bias")[0], weight[0])
+    result = (*x[: len(x) - rank - 1], weight[0], *new)
+    call.outputs = [result]
+    sizes = [a.find().size for a in (*result, *weight[1:])]
+    call.flops = 2 * axes.product_of(sizes)
+
+
+def local_groups(call: Call, local: Local) -> dict[str, int]:
+    """A depthwise convolution has as many groups as the rank has channels."""
+    if call.arguments["groups"] == 1:
+        return {}
+    size = local.size(call.operand("weight")[0])
+    assert isinstance(size, int)
+    depthwise = call.arguments["groups"] == call.operand("weight")[0].find().size
+    return {"groups": size} if depthwise else {}

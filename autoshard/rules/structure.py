@@ -257,3 +257,68 @@ def index(call: Call) -> None:
     new = [Axis(size) for size in shape[at : at + len(new)]]
     call.freeze(new, "an index into the axis")
     call.outputs = [(*kept[:at], *new, *kept[at:])]
+
+
+def index_put(call: Call) -> None:
+    """``x[i] = v``: indexed dimensions must be whole; the others are those of the values."""
+    dims = call.operand("self")
+    given = [d for d, i in enumerate(call.arguments["indices"]) if i is not None]
+    call.freeze([dims[d] for d in given], "an index into the axis")
+    kept = [a for d, a in enumerate(dims) if d not in given]
+    values = call.operand("values")
+    adjacent = given == list(range(given[0], given[-1] + 1))
+    if adjacent and given[0] > 0 and len(values) > len(kept):
+        call.freeze((*dims, *values), "an index between other dimensions")
+    for axis, value in zip(reversed(kept), reversed(values), strict=False):
+        if value.find().size != 1:
+            call.unify(axis, value)
+    call.outputs = [dims]
+
+
+def index_add(call: Call) -> None:
+    """``x[i] += v`` along one dimension, which must be whole."""
+    dims, source = call.operand("self"), call.operand("source")
+    dim = call.dim(call.arguments["dim"], len(dims))
+    call.freeze((dims[dim], source[dim]), "an index into the axis")
+    for i, (a, b) in enumerate(zip(dims, source, strict=True)):
+        if i != dim:
+            call.unify(a, b)
+    call.outputs = [dims]
+
+
+def gather(call: Call) -> None:
+    """``out[i, j] = x[index[i, j], j]``: the dimension must be whole, the others pass."""
+    dims, index = call.operand("self"), call.operand("index")
+    dim = call.dim(call.arguments["dim"], len(dims))
+    call.freeze((dims[dim], index[dim]), "an index into the axis")
+    for i, (a, b) in enumerate(zip(dims, index, strict=True)):
+        if i == dim:
+            continue
+        if axes.same_size(a.find().size, b.find().size):
+            call.unify(a, b)
+        else:
+            call.freeze((a, b), "an index into a part of the axis")
+    call.outputs = [index]
+
+
+def scatter(call: Call) -> None:
+    """``out[index[i, j], j] = v[i, j]``: as ``gather``; the result has x's axes."""
+    gather(call)
+    if call.given("src"):
+        for a, b in zip(call.operand("index"), call.operand("src"), strict=True):
+            call.unify(a, b)
+    call.outputs = [call.operand("self")]
+
+
+def view_as_complex(call: Call) -> None:
+    """``[.., 2]`` to complex numbers."""
+    dims = call.operand("self")
+    call.freeze(dims[-1:], "real and imaginary part")
+    call.outputs = [dims[:-1]]
+
+
+def view_as_real(call: Call) -> None:
+    """Complex numbers to ``[.., 2]``."""
+    new = Axis(2)
+    call.freeze((new,), "real and imaginary part")
+    call.outputs = [(*call.operand("self"), new)]

@@ -48,6 +48,7 @@ SAME = computed(arithmetic.like_first)
 ALONG = computed(structure.along())
 RESHAPE = computed(views.reshape, views.local_sizes("size"))
 SUM = computed(arithmetic.reduction)
+CONVOLUTION = computed(arithmetic.convolution, arithmetic.local_groups)
 SPLIT = computed(structure.split, structure.local_split("split_size"))
 
 RULES: dict[str, Rule] = {
@@ -62,6 +63,10 @@ RULES: dict[str, Rule] = {
     "aten.matmul.default": computed(arithmetic.matmul),
     "aten.einsum.default": computed(arithmetic.einsum),
     "aten.scaled_dot_product_attention.default": computed(arithmetic.attention),
+    "aten._grouped_mm.default": row("t k+, e^ k+ n, e^ -> t n"),
+    "transformers.grouped_mm_fallback.default": row("t k+, e^ k+ n, e^ -> t n"),
+    "aten.conv1d.default": CONVOLUTION,
+    "aten.conv2d.default": CONVOLUTION,
     # normalization
     "aten.layer_norm.default": computed(arithmetic.norm),
     "aten.rms_norm.default": computed(arithmetic.norm),
@@ -97,6 +102,13 @@ RULES: dict[str, Rule] = {
     "aten.embedding.default": computed(arithmetic.embedding),
     "aten.cross_entropy_loss.default": computed(arithmetic.cross_entropy),
     "aten.index_select.default": computed(structure.indexed),
+    "aten.index_put.default": computed(structure.index_put),
+    "aten.index_add.default": computed(structure.index_add),
+    "aten.gather.default": computed(structure.gather),
+    "aten.scatter.src": computed(structure.scatter),
+    "aten.scatter.value": computed(structure.scatter),
+    "aten.view_as_complex.default": computed(structure.view_as_complex),
+    "aten.view_as_real.default": computed(structure.view_as_real),
     "aten.index.Tensor": computed(structure.index),
     # views
     "aten.view.default": RESHAPE,
