@@ -2,31 +2,29 @@
 
 from __future__ import annotations
 
-import copy
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
 import pytest
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
-from autoshard import ops, shares
+from autoshard import ops
 from autoshard.capture import skeleton
 from autoshard.exactly import edit_exactly
+from autoshard.groups import Group, ReduceOp
 from autoshard.pipeline import Program, analyse, rewrite
 from autoshard.plans import Plan
 from autoshard.sharded import Sharded
+from autoshard.simulate import ThreadGroup
 from autoshard.verification import Report, boundary_inputs, compare, perturbed
 from tests.models import huggingface
 
-COLLECTIVES = (ops.copy, ops.reduce, ops.leave, ops.gather, ops.scatter)
-
-# gather and scatter change the shape; what they are given stands in for what they give.
-RESHAPING = (ops.gather, ops.scatter)
+COLLECTIVES = (ops.copy, ops.reduce, ops.leave, ops.gather, ops.scatter, ops.vocab_cross_entropy)
 
 SUBJECTS = [("gpt2", 2), ("llama-kv2", 4), ("t5", 2), ("bloom", 4)]
-FAST = ("gpt2",)
 
 
 @dataclass(frozen=True)
@@ -45,7 +43,7 @@ class Subject:
         return compare(self.model, self.program, sharded, self.plan, (), self.inputs)
 
 
-@lru_cache(maxsize=1)
+@lru_cache(maxsize=None)
 def subject(name: str, tp: int) -> Subject:
     """The case's model, split as far as it goes."""
     case = huggingface.case(name)
@@ -57,19 +55,34 @@ def subject(name: str, tp: int) -> Subject:
     return Subject(model, program, plan, sharded, inputs)
 
 
+class Silent:
+    """A group that exchanges nothing: each rank has only what it brings itself."""
+
+    def __init__(self, group: Group) -> None:
+        self.degree, self.coordinate, self.stream = group.degree, group.coordinate, group.stream
+
+    def all_reduce(self, x: Tensor, op: ReduceOp = "sum", *, inplace: bool = False) -> Tensor:
+        """The tensor itself."""
+        return x.clone()
+
+    def all_gather(self, x: Tensor) -> list[Tensor]:
+        """The own tensor in every place."""
+        return [x] * self.degree
+
+
+def alone(collective: Callable[..., Tensor], *args: Any) -> Tensor:
+    """The collective without any communication, forward or backward."""
+    return collective(*(Silent(a) if isinstance(a, ThreadGroup) else a for a in args))
+
+
+def identity(collective: Callable[..., Tensor], x: Tensor, *args: Any) -> Tensor:
+    """What the collective is given."""
+    return x
+
+
 def collectives(graph: fx.Graph) -> list[fx.Node]:
     """The graph's collectives, in order."""
     return [n for n in graph.nodes if n.op == "call_function" and n.target in COLLECTIVES]
-
-
-def without(graph: fx.Graph, index: int) -> tuple[fx.Graph, str]:
-    """A copy of the graph in which one collective is the identity, and that one's name."""
-    made = copy_of(graph)
-    node = collectives(made)[index]
-    node.replace_all_uses_with(node.args[0])
-    name = f"{node.target.__name__} {node.name}"  # type: ignore[union-attr]
-    made.erase_node(node)
-    return made, name
 
 
 def copy_of(graph: fx.Graph) -> fx.Graph:
@@ -79,9 +92,49 @@ def copy_of(graph: fx.Graph) -> fx.Graph:
     return made
 
 
-def noticed(subject: Subject, graph: fx.Graph) -> bool:
-    """Whether the comparison fails, or cannot even be made."""
-    try:
-        return not subject.compare(graph).ok
-    except (RuntimeError, IndexError, ValueError):
-        return True
+def without(graph: fx.Graph, index: int) -> tuple[fx.Graph, str]:
+    """A copy of the graph in which one collective is silent, and the name of that one.
+
+    Where the shape stays, the collective becomes the identity; else each rank makes up what the
+    others would have sent from what it has.
+    """
+    made = copy_of(graph)
+    node = collectives(made)[index]
+    name = f"{node.target.__name__} at {node.name}"  # type: ignore[union-attr]
+    same_shape = node.target in (ops.copy, ops.reduce, ops.leave)
+    node.args = (node.target, *node.args)  # type: ignore[assignment]
+    node.target = identity if same_shape else alone
+    return made, name
+
+
+@pytest.mark.parametrize(("name", "tp"), SUBJECTS)
+def test_every_collective_is_needed(name: str, tp: int) -> None:
+    """Each one in turn made silent: outputs or gradients come out wrong."""
+    tried = subject(name, tp)
+    graph = tried.sharded.graph
+    kinds = {node.target for node in collectives(graph)}
+    assert {ops.copy, ops.reduce, ops.vocab_cross_entropy} <= kinds
+    unnoticed = []
+    for index in range(len(collectives(graph))):
+        made, removed = without(graph, index)
+        if tried.compare(made).max_relative_error < 1e-6:
+            unnoticed.append(removed)
+    assert not unnoticed, f"nothing changes without {unnoticed}"
+
+
+@pytest.mark.parametrize(("name", "tp"), SUBJECTS)
+def test_untouched_graph_passes(name: str, tp: int) -> None:
+    """The copy that the control works on is the right one."""
+    tried = subject(name, tp)
+    report = tried.compare(copy_of(tried.sharded.graph))
+    assert report.ok, report
+
+
+def test_missing_copy_leaves_outputs_right() -> None:
+    """Only the comparison of gradients notices it: outputs alone would not do."""
+    tried = subject("gpt2", 2)
+    graph = tried.sharded.graph
+    index = next(i for i, n in enumerate(collectives(graph)) if n.target is ops.copy)
+    report = tried.compare(without(graph, index)[0])
+    assert max(report.outputs.values()) < 1e-10 and not report.ok
+    assert max(report.gradients.values()) > 1e-3
