@@ -676,7 +676,7 @@ def state(name: str, tp: int, degrees: dict[str, int]) -> dict[str, Any]:
     model, batch = sample(name)
     tp_model = split(model, tp, batch, degrees)
     own = model.state_dict()
-    saved = tp_model.state_dict()
+    saved = {n: v.clone() for n, v in tp_model.state_dict().items()}
     full = tp_model.full_state_dict()
     streamed = tp_model.full_state_dict(rank0_only=True)
     found: dict[str, Any] = {

@@ -1,0 +1,122 @@
+"""The demo runs, and notices a training that is not the same."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from torch import fx
+
+ROOT = Path(__file__).parents[1]
+DEMO = ROOT / "examples" / "demo.py"
+
+
+def _run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, str(DEMO), "--out", str(folder), *arguments]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)
+
+
+@pytest.fixture(scope="module")
+def demo() -> ModuleType:
+    """The script as a module."""
+    spec = importlib.util.spec_from_file_location("demo", DEMO)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.slow
+def test_the_main_job(tmp_path: Path) -> None:
+    """One command trains on one process and on two, shows the plan, a layer, and equal losses."""
+    text = tmp_path / "text.txt"
+    text.write_bytes(bytes(range(256)) * 8)
+    done = _run(tmp_path, "--steps", "4", "--data", str(text))
+    assert done.returncode == 0, done.stdout + done.stderr
+    for expected in (
+        "10 regions over tp=2 ranks",
+        "transformer.h.{0..3}.mlp",
+        "ops.copy(view_1, tp2)",
+        "addmm_1_reduce = ops.reduce(addmm_1, tp2)",
+        "rank 1 on cpu",
+        "the same training",
+    ):
+        assert expected in done.stdout
+    assert "NOT" not in done.stdout
+    curves = json.loads((tmp_path / "result.json").read_text())
+    assert len(curves["one"]) == len(curves["split"]) == 4
+    assert curves["one"][-1] < curves["one"][0]
+    assert curves["one"] == pytest.approx(curves["split"], abs=1e-5)
+    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def _ranks(*losses: list[float]) -> list[dict[str, Any]]:
+    return [{"losses": curve} for curve in losses]
+
+
+@pytest.mark.parametrize(
+    ("ranks", "difference"),
+    [
+        (_ranks([3.0, 2.0], [3.0, 2.0]), 0.0),
+        (_ranks([3.0, 2.0], [3.0, 2.5]), 0.5),
+        (_ranks([3.0, 1.0], [3.0, 2.0]), 1.0),
+    ],
+)
+def test_difference(
+    demo: ModuleType, tmp_path: Path, ranks: list[dict[str, Any]], difference: float
+) -> None:
+    """The largest difference is over all steps and all ranks, not only the first."""
+    assert demo.report([3.0, 2.0], ranks, tmp_path) == difference
+
+
+def test_a_diverged_training_is_not_the_same(
+    demo: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Curves further apart than the bound, or not a number, give a nonzero exit code."""
+    monkeypatch.setattr(demo, "train", lambda *_args, **_kwargs: [3.0, 3.0])
+    for loss in (3.0 + 2 * demo.BOUND, float("nan")):
+        rank = {"losses": [3.0, loss], "elements": 1, "seconds": 1}
+        rank |= dict.fromkeys(("plan", "layer", "device"), "")
+        monkeypatch.setattr(demo, "run_ranks", lambda *_args, rank=rank: [rank, rank])
+        monkeypatch.setattr(sys, "argv", ["demo.py", "--out", str(tmp_path), "--steps", "1"])
+        assert demo.main() == 1
+
+
+@pytest.mark.slow
+def test_failing_ranks(demo: ModuleType, tmp_path: Path) -> None:
+    """Ranks that fail end the demo with an error."""
+    with pytest.raises(SystemExit, match="ranks failed"):
+        demo.run_ranks(tmp_path, tmp_path / "missing.txt", 1, 1)
+
+
+def test_data(demo: ModuleType, tmp_path: Path) -> None:
+    """The file's bytes and an end token; too short a file is refused; windows repeat."""
+    file = tmp_path / "text"
+    file.write_bytes(b"abc" * 100)
+    tokens = demo.read_tokens(file)
+    assert tokens[:3].tolist() == [97, 98, 99]
+    assert tokens[-1] == demo.END
+    assert all(map(torch.equal, demo.batches(tokens, 3), demo.batches(tokens, 3)))
+    file.write_bytes(b"abc")
+    with pytest.raises(SystemExit, match="needs 128 or more"):
+        demo.read_tokens(file)
+
+
+def test_layer_as_code(demo: ModuleType) -> None:
+    """A line per node of the layer, no node of another one."""
+    graph = fx.Graph()
+    x = graph.placeholder("x")
+    for name, path in (("a", "h.1.mlp"), ("b", "h.10.mlp"), ("c", "h.1")):
+        x = graph.create_node("call_function", torch.ops.aten.mul.Tensor, (x, 2.0), name=name)
+        x.meta["nn_module_stack"] = {"0": ("", object), "1": (path, object)}
+    lines = demo.layer_as_code(graph, "h.1").splitlines()
+    assert lines == ["a = aten.mul.Tensor(x, 2.0)", "c = aten.mul.Tensor(b, 2.0)"]
