@@ -5,7 +5,7 @@
 The model is Hugging Face's GPT2LMHeadModel, unchanged; the text is the source of Python's own
 standard library, read as bytes. The ranks talk over NCCL where the machine has a GPU for each, and
 over gloo on the CPU otherwise. Writes loss.png and result.json into demo-output/, and exits with 1
-if the two curves differ by more than rounding explains.
+if the curves differ by more than rounding explains.
 """
 
 from __future__ import annotations
@@ -34,10 +34,12 @@ SEED, BATCH, LENGTH = 0, 8, 128
 END = 256  # the token between two files, beside the 256 bytes
 TIMEOUT = 900.0  # seconds for the ranks
 
-# The ranks add the same float32 numbers in another order. That changes a sum by about 1e-7 of its
-# size, and training carries it on: to about 2e-6 after a hundred steps. An all-reduce left out of
-# the backward moves the next step's loss by 1e-3 or more, one left out of the forward this step's.
-BOUND = 1e-4
+# The ranks add the same float32 numbers in another order: sums differ by about 1e-7 of their size,
+# and training carries that on. One process whose initial weights are off by one rounding drifts by
+# 1e-6 in the first ten steps and by 1e-4 in a hundred; ten times that is the bound. Any all-reduce
+# left out moves the losses of the first ten steps by 1e-4 or more.
+EARLY = 10
+BOUND_EARLY, BOUND = 1e-5, 1e-3
 
 console = Console(highlight=False, soft_wrap=True)
 
@@ -152,19 +154,23 @@ def run_ranks(folder: Path, data: Path | None, steps: int, tp: int) -> list[dict
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(tp)]
 
 
-def report(one: list[float], ranks: list[dict[str, Any]], out: Path) -> float:
-    """Print both curves side by side and draw them; the largest difference."""
-    tp, split = len(ranks), ranks[0]["losses"]
-    console.print(f"\n[bold]losses[/]\n  step   1 process   {tp} processes   difference")
-    chosen = sorted({*range(0, len(one), max(1, len(one) // 12)), len(one) - 1})
-    for step in chosen:
-        a, b = one[step], split[step]
-        console.print(f"{step + 1:6d}{a:12.6f}{b:14.6f}{abs(a - b):13.1e}")
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "result.json").write_text(json.dumps({"one": one, "split": split}))
-    draw(one, split, tp, out / "loss.png")
+def differences(one: list[float], ranks: list[dict[str, Any]]) -> Tensor:
+    """How far the ranks' losses are from those of one process, at each step."""
     curves = torch.tensor([rank["losses"] for rank in ranks], dtype=torch.float64)
-    return float((curves - torch.tensor(one, dtype=torch.float64)).abs().max())  # keeps a NaN
+    return (curves - torch.tensor(one, dtype=torch.float64)).abs().amax(0)
+
+
+def same(difference: Tensor) -> bool:
+    """Whether rounding explains the differences (a loss that is no number is not explained)."""
+    return bool((difference[:EARLY] <= BOUND_EARLY).all() and (difference <= BOUND).all())
+
+
+def show_losses(one: list[float], split: list[float], difference: Tensor, tp: int) -> None:
+    """The curves side by side."""
+    console.print(f"\n[bold]losses[/]\n  step   1 process   {tp} processes   difference")
+    every = max(1, len(one) // 12)
+    for step in sorted({*range(0, len(one), every), len(one) - 1}):
+        console.print(f"{step + 1:6d}{one[step]:12.6f}{split[step]:14.6f}{difference[step]:13.1e}")
 
 
 def draw(one: list[float], split: list[float], tp: int, path: Path) -> None:
@@ -214,16 +220,22 @@ def main() -> int:
     console.print(ranks[0]["plan"], markup=False)
     console.print("\n[bold]layer 0 as every rank runs it[/]")
     console.print(ranks[0]["layer"], markup=False)
-    difference = report(one, ranks, args.out)
+    split, difference = ranks[0]["losses"], differences(one, ranks)
+    show_losses(one, split, difference, args.tp)
+    args.out.mkdir(parents=True, exist_ok=True)
+    (args.out / "result.json").write_text(json.dumps({"one": one, "split": split}))
+    draw(one, split, args.tp, args.out / "loss.png")
     console.print("\n[bold]parameters[/]")
     for number, rank in enumerate(ranks):
         share = f"{rank['elements']:,} of {whole:,} elements ({rank['elements'] / whole:.1%})"
         console.print(f"  rank {number} on {rank['device']}: {share}")
     took = f"{seconds:.0f} s on one process, {ranks[0]['seconds']:.0f} s on {args.tp}"
     console.print(f"\ntraining took {took}")
-    verdict = "the same training" if difference <= BOUND else "NOT the same training"
-    console.print(f"largest difference {difference:.1e}, bound {BOUND:.0e}: [bold]{verdict}[/]")
-    return 0 if difference <= BOUND else 1
+    first = f"{difference[:EARLY].max():.1e} in the first {EARLY} steps (bound {BOUND_EARLY:.0e})"
+    console.print(f"largest difference {first}, {difference.max():.1e} in all (bound {BOUND:.0e})")
+    verdict = "the same training" if same(difference) else "NOT the same training"
+    console.print(f"[bold]{verdict}[/]")
+    return 0 if same(difference) else 1
 
 
 if __name__ == "__main__":

@@ -56,8 +56,11 @@ def match(graph: fx.Graph, axes: Axes, tp: int) -> tuple[Candidate, ...]:
             excluded |= uses.conflicts[a] - set(split.atoms)
         chosen.append(Candidate([split], [], 0))
     candidates = _tie(chosen, uses)
+    owner = {atom: candidate for candidate in candidates for atom in candidate.atoms}
+    for node in axes.calls:
+        for candidate in {id(owner[a]): owner[a] for a in uses.atoms_at[node] if a in owner}.values():
+            candidate.calls.append(node)
     for candidate in candidates:
-        candidate.calls = [n for n in axes.calls if uses.atoms_at[n] & candidate.atoms]
         candidate.flops = sum(hints(axes.calls[n].flops) for n in candidate.calls)
     _find_regions(graph, axes, uses, candidates)
     return tuple(c for c in candidates if c.regions)

@@ -20,6 +20,9 @@ T = TypeVar("T")
 
 SIZES = (4, 6, 8, 12, 2)
 
+# Rows with an operand of integers, which a row cannot say.
+ROWS_ON_INDICES = ("aten._grouped_mm.default", "transformers.grouped_mm_fallback.default")
+
 
 @dataclass(frozen=True)
 class Fixed:
@@ -37,6 +40,7 @@ class Sample:
         splits: at least so many axes can be split; 0: none can, and that is right.
         values: whether the results can be compared; where not, their shapes are.
         backward: whether the operator has a derivative to call.
+        complex: the first operand is viewed as complex numbers first.
     """
 
     args: tuple[Any, ...]
@@ -44,6 +48,7 @@ class Sample:
     splits: int = 1
     values: bool = True
     backward: bool = True
+    complex: bool = False
 
 
 class Draw:
@@ -100,7 +105,7 @@ def builders(name: str) -> tuple[Build, ...]:
     """All samples of an operator of the table, those that follow from its rule first."""
     derived: tuple[Build, ...] = ()
     rule = RULES[name]
-    if is_row(rule):
+    if is_row(rule) and name not in ROWS_ON_INDICES:
         derived = (lambda draw: sample_of_row(rule, draw),)
     elif rule.text == "pointwise":
         derived = pointwise_builders(operator_named(name))
@@ -447,6 +452,87 @@ def indexed(*given: bool) -> Build:
     return build
 
 
+def index_put(shape: str, *given: bool, accumulate: bool = True, splits: int = 2) -> Build:
+    """``x[i, :, j] += v`` for x of ``abc``; the values' dimensions in these letters and ``n``."""
+
+    def build(draw: Draw) -> Sample:
+        sizes = {"a": draw.size(), "b": draw.size(), "c": draw.size(), "n": 2, "1": 1}
+        x = draw.real(sizes["a"], sizes["b"], sizes["c"])
+        indices = [draw.below(x.shape[d], 2) if g else None for d, g in enumerate(given)]
+        values = draw.real(*(sizes[letter] for letter in shape))
+        if not accumulate:  # no place twice
+            indices = [None if i is None else torch.tensor([1, 0]) for i in indices]
+        return Sample((x, indices, values, accumulate), splits=splits)
+
+    return build
+
+
+def index_add(draw: Draw) -> Sample:
+    """Rows, or columns, added to by their numbers."""
+    a, b, dim = draw.size(), draw.size(), draw.choice(0, 1, -1)
+    source = draw.real(3, b) if dim == 0 else draw.real(a, 3)
+    return Sample((draw.real(a, b), dim, draw.below((a, b)[dim], 3), source), {"alpha": 2})
+
+
+def gather(draw: Draw) -> Sample:
+    """One element of each row, or of each column, and several."""
+    a, b, dim, count = draw.size(), draw.size(), draw.choice(1, 0, -1), draw.choice(1, 3)
+    shape = (count, b) if dim == 0 else (a, count)
+    return Sample((draw.real(a, b), dim, draw.below((a, b)[dim], *shape)))
+
+
+def gather_from_some(draw: Draw) -> Sample:
+    """Of the first rows only: no axis of the operand is that of the result."""
+    a, b = draw.size(), draw.size()
+    return Sample((draw.real(a + 2, b), 1, draw.below(b, a, 3)), splits=0)
+
+
+def scatter(source: bool) -> Build:
+    """Elements of each row, or of each column, replaced, none twice."""
+
+    def build(draw: Draw) -> Sample:
+        a, b, dim = draw.size(), draw.size(), draw.choice(1, 0, -1)
+        index = draw.real(a, b).argsort(dim).narrow(dim, 0, 2)
+        value = draw.real(*index.shape) if source else 0.5
+        return Sample((draw.real(a, b), dim, index, value))
+
+    return build
+
+
+def convolution(
+    dims: int, *, groups: str = "1", bias: bool = True, batch: bool = True, **kwargs: Any
+) -> Build:
+    """``conv1d`` or ``conv2d``: plain, depthwise (as many groups as channels), or grouped."""
+
+    def build(draw: Draw) -> Sample:
+        i, o = draw.size(), draw.size()
+        lead = [draw.size()] if batch else []
+        count = {"1": 1, "2": 2, "all": i}[groups]
+        o = i if groups == "all" else o
+        x, w = draw.real(*lead, i, *[5] * dims), draw.real(o, i // count, *[3] * dims)
+        b = draw.real(o) if bias else None
+        splits = batch + {"1": 2, "2": 0, "all": 1}[groups]
+        return Sample((x, w, b), {**kwargs, "groups": count}, splits)
+
+    return build
+
+
+def grouped_product(dtype: torch.dtype) -> Build:
+    """Tokens in the order of their experts times each expert's matrix."""
+
+    def build(draw: Draw) -> Sample:
+        ends = torch.tensor([3, 3, 8], dtype=torch.int32)
+        x, w = draw.real(8, 16).to(dtype), draw.real(3, 16, 32).to(dtype)
+        return Sample((x, w, ends), splits=2)
+
+    return build
+
+
+def as_real(draw: Draw) -> Sample:
+    """Complex numbers as pairs."""
+    return Sample((draw.real(draw.size(), draw.size(), 2),), splits=2, complex=True)
+
+
 def same_as_other(draw: Draw) -> Sample:
     """``type_as``: the other lends its type only."""
     a, b = draw.size(), draw.size()
@@ -494,6 +580,17 @@ SAMPLES: dict[str, tuple[Build, ...]] = {
         attention("11st", grouped=True, splits=3),
         attention(grouped=True, batched=False, splits=2),
         attention(dropout_p=0.0),
+    ),
+    "aten._grouped_mm.default": (grouped_product(torch.float32),),
+    "transformers.grouped_mm_fallback.default": (grouped_product(torch.float64),),
+    "aten.conv1d.default": (
+        convolution(1), convolution(1, bias=False), convolution(1, groups="all", padding=[2]),
+        convolution(1, groups="all", bias=False), convolution(1, groups="2"),
+        convolution(1, batch=False, padding=[1]),
+    ),
+    "aten.conv2d.default": (
+        convolution(2, padding=[1, 1]), convolution(2, groups="all"),
+        convolution(2, bias=False, stride=[2, 2]), convolution(2, groups="2", bias=False),
     ),
     # normalization
     "aten.layer_norm.default": (
@@ -560,6 +657,19 @@ SAMPLES: dict[str, tuple[Build, ...]] = {
         indexed(True), indexed(False, True), indexed(True, True), indexed(True, False, True),
         indexed(False, True, True), indexed(False, False, True),
     ),
+    "aten.index_put.default": (
+        index_put("nbc", True), index_put("bc", True), index_put("nc", True, True, splits=1),
+        index_put("n1c", True), index_put("c", True, True, splits=1), index_put("1", True),
+        index_put("nbc", True, accumulate=False), index_put("nb", True, False, True, splits=1),
+        index_put("anc", False, True, splits=0), index_put("an", False, True, True, splits=0),
+        index_put("c", False, True), index_put("abn", False, False, True, splits=0),
+    ),
+    "aten.index_add.default": (index_add,),
+    "aten.gather.default": (gather, gather_from_some),
+    "aten.scatter.src": (scatter(True),),
+    "aten.scatter.value": (scatter(False),),
+    "aten.view_as_complex.default": (shaped(4, 6, 2, splits=2),),
+    "aten.view_as_real.default": (as_real,),
     # views
     "aten.view.default": (view, view_across),
     "aten._unsafe_view.default": (view,),

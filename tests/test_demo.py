@@ -59,36 +59,43 @@ def test_the_main_job(tmp_path: Path) -> None:
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
 
 
-def _ranks(*losses: list[float]) -> list[dict[str, Any]]:
-    return [{"losses": curve} for curve in losses]
+def test_differences(demo: ModuleType) -> None:
+    """The difference of a step is the largest over all ranks."""
+    ranks = [{"losses": [3.0, 2.0]}, {"losses": [3.5, 1.0]}]
+    assert demo.differences([3.0, 2.0], ranks).tolist() == [0.5, 1.0]
 
 
 @pytest.mark.parametrize(
-    ("ranks", "difference"),
+    ("step", "difference", "same"),
     [
-        (_ranks([3.0, 2.0], [3.0, 2.0]), 0.0),
-        (_ranks([3.0, 2.0], [3.0, 2.5]), 0.5),
-        (_ranks([3.0, 1.0], [3.0, 2.0]), 1.0),
+        (0, 5e-6, True),
+        (0, 5e-5, False),
+        (50, 5e-4, True),
+        (50, 5e-3, False),
+        (0, float("nan"), False),
+        (50, float("nan"), False),
     ],
 )
-def test_difference(
-    demo: ModuleType, tmp_path: Path, ranks: list[dict[str, Any]], difference: float
-) -> None:
-    """The largest difference is over all steps and all ranks, not only the first."""
-    assert demo.report([3.0, 2.0], ranks, tmp_path) == difference
+def test_same(demo: ModuleType, step: int, difference: float, same: bool) -> None:
+    """The first steps have the tighter bound; NaN is no rounding."""
+    curve = torch.zeros(60, dtype=torch.float64)
+    curve[step] = difference
+    assert demo.same(curve) is same
 
 
+@pytest.mark.parametrize("loss", [3.1, float("nan")])
 def test_a_diverged_training_is_not_the_same(
-    demo: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    demo: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, loss: float
 ) -> None:
-    """Curves further apart than the bound, or not a number, give a nonzero exit code."""
+    """Another curve on a later rank gives a nonzero exit code."""
+    ranks: list[dict[str, Any]] = [
+        {"losses": [3.0, end], "plan": "", "layer": "", "elements": 1, "device": "", "seconds": 1}
+        for end in (3.0, loss)
+    ]
     monkeypatch.setattr(demo, "train", lambda *_args, **_kwargs: [3.0, 3.0])
-    for loss in (3.0 + 2 * demo.BOUND, float("nan")):
-        rank = {"losses": [3.0, loss], "elements": 1, "seconds": 1}
-        rank |= dict.fromkeys(("plan", "layer", "device"), "")
-        monkeypatch.setattr(demo, "run_ranks", lambda *_args, rank=rank: [rank, rank])
-        monkeypatch.setattr(sys, "argv", ["demo.py", "--out", str(tmp_path), "--steps", "1"])
-        assert demo.main() == 1
+    monkeypatch.setattr(demo, "run_ranks", lambda *_args: ranks)
+    monkeypatch.setattr(sys, "argv", ["demo.py", "--out", str(tmp_path), "--steps", "2"])
+    assert demo.main() == 1
 
 
 @pytest.mark.slow
