@@ -150,8 +150,10 @@ def _check_plan(made: Plan, tp: int, strict: bool) -> None:
             f"{len(made.unknown)} operators without a rule keep their operands whole: "
             + "; ".join(made.unknown[:8])
         )
-    if tp > 1 and not made.regions:
-        reasons = "; ".join(f"{w.name}: {w.reason}" for w in made.replicated[:3])
+    if tp > 1 and not any(len(region.degrees) > 1 for region in made.regions):
+        sizes = [f"{r.name or r.kind}: its axis {r.axes[0]}" for r in made.regions[:3]]
+        whole = [f"{w.name}: {w.reason}" for w in made.replicated[:3]]
+        reasons = "; ".join(sizes or whole)
         raise PlanError(
             f"no region of this model can be split over tp={tp} ranks ({reasons or 'no matmuls'})"
         )

@@ -41,6 +41,7 @@ class Sample:
         values: whether the results can be compared; where not, their shapes are.
         backward: whether the operator has a derivative to call.
         complex: the first operand is viewed as complex numbers first.
+        refined: whether parts of any size are allowed: a fused kernel may want multiples of 16 bytes.
     """
 
     args: tuple[Any, ...]
@@ -49,6 +50,7 @@ class Sample:
     values: bool = True
     backward: bool = True
     complex: bool = False
+    refined: bool = True
 
 
 class Draw:
@@ -522,8 +524,8 @@ def grouped_product(dtype: torch.dtype) -> Build:
 
     def build(draw: Draw) -> Sample:
         ends = torch.tensor([3, 3, 8], dtype=torch.int32)
-        x, w = draw.real(8, 16).to(dtype), draw.real(3, 16, 32).to(dtype)
-        return Sample((x, w, ends), splits=2)
+        x, w = draw.real(8, 16).to(dtype), draw.real(3, 16, 48).to(dtype)
+        return Sample((x, w, ends), splits=2, refined=dtype is torch.float64)
 
     return build
 

@@ -12,6 +12,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -29,6 +30,7 @@ from torch.utils import _pytree as pytree
 
 import autoshard
 from autoshard import parameters, pipeline, verification
+from autoshard.capture import Captured
 from autoshard.exactly import edit_exactly, exactly
 from autoshard.module import plan_hash
 from tests.distributed import run_distributed
@@ -156,15 +158,27 @@ def sample(
     return model.to(dtype), one.inputs(model)
 
 
+CAPTURED: dict[Any, Captured] = {}
+
+
 @contextlib.contextmanager
 def exact() -> Iterator[None]:
-    """Captured graphs lose their casts to float32, as ``exactly`` takes them from the model."""
+    """Captured graphs lose their casts to float32, as ``exactly`` takes them from the model.
+
+    And each is captured once in a process, which is nearly all of the time that a test takes.
+    """
     original = pipeline.capture
 
-    def capture(*args: Any) -> Any:
-        captured = original(*args)
-        edit_exactly(torch.float64)(captured.graph)
-        return captured
+    def capture(model: nn.Module, args: Any, kwargs: Any) -> Captured:
+        leaves, spec = pytree.tree_flatten((args, kwargs))
+        signature = [(x.shape, x.dtype) if isinstance(x, Tensor) else x for x in leaves]
+        weights = [(n, p.dtype, p.requires_grad) for n, p in model.named_parameters()]
+        key = str((model, model.training, spec, signature, weights))
+        if key not in CAPTURED:
+            CAPTURED[key] = original(model, args, kwargs)
+            edit_exactly(torch.float64)(CAPTURED[key].graph)
+        module = CAPTURED[key].graph.owning_module
+        return replace(CAPTURED[key], graph=copy.deepcopy(module).graph)
 
     with mock.patch.object(pipeline, "capture", capture):
         yield

@@ -463,6 +463,7 @@ def test_rule_holds_on_drawn_calls(name: str, data: st.DataObject) -> None:
     if not any(parameters):
         parameters = [True] * len(reals)
     dims = sum(t.dim() for t, p in zip(reals, parameters, strict=True) if p)
+    dims = dims if sample.refined else 0
     refined = data.draw(st.lists(REFINE, min_size=dims, max_size=dims))
     tried = trial(operator_named(name), sample, parameters, refined)
     found = list(schemes(tried))
