@@ -163,16 +163,18 @@ def _check_ranks(made: Plan, mesh: DeviceMesh | None) -> None:
     """All ranks must have computed the same plan, before any weight is touched."""
     if mesh is None:
         return
-    digest = torch.tensor(list(bytes.fromhex(plan_hash(made))), dtype=torch.int64)
-    digest = digest.to(mesh.device_type)
-    for dim in range(mesh.ndim):
+    digest = torch.tensor([dist.get_rank(), *bytes.fromhex(plan_hash(made))], dtype=torch.int64)
+    known = digest.to(mesh.device_type)[None]
+    for dim in reversed(range(mesh.ndim)):  # after the last dimension, every rank knows all
         group = mesh.get_group(dim)
-        others: list[Tensor] = [torch.empty_like(digest) for _ in range(group.size())]
-        dist.all_gather(others, digest, group=group)
-        unequal = [r for r, other in enumerate(others) if not torch.equal(other, others[0])]
-        if unequal:
-            ranks = ", ".join(str(dist.get_global_rank(group, r)) for r in unequal)
-            raise PlanError(
-                f"rank(s) {ranks} computed another plan than rank {dist.get_global_rank(group, 0)}: "
-                "build the same model, with the same arguments, on every rank"
-            )
+        parts: list[Tensor] = [torch.empty_like(known) for _ in range(group.size())]
+        dist.all_gather(parts, known.contiguous(), group=group)
+        known = torch.cat(parts)
+    known = known[known[:, 0].argsort()].cpu()
+    first = known[0]
+    others = [str(int(row[0])) for row in known if not torch.equal(row[1:], first[1:])]
+    if others:
+        raise PlanError(
+            f"rank(s) {', '.join(others)} computed another plan than rank {int(first[0])}: build the "
+            "same model, with the same arguments, on every rank"
+        )

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from autoshard.compat import autograd_functions_applied
+
 SCALES = (1e-2, 1.0, 3.0, 30.0)
 
 
@@ -38,7 +40,7 @@ class Met:
             arguments = [_real(a, generator, scale) for a in self.arguments]
             try:
                 own = _gradients(self.function.apply, arguments)
-                derived = _gradients(lambda *a: self.function.forward(_Context(), *a), arguments)
+                derived = _gradients(self._forward, arguments)
             except Exception:
                 return False
             if len(own) != len(derived):
@@ -47,6 +49,12 @@ class Met:
                 if not torch.allclose(a, b, rtol=1e-6, atol=1e-9, equal_nan=True):
                     return False
         return True
+
+    def _forward(self, *arguments: Any) -> Any:
+        """The forward's operators, seen by autograd."""
+        if self.function.setup_context is not torch.autograd.Function.setup_context:
+            return self.function.forward(*arguments)
+        return self.function.forward(_Context(), *arguments)
 
 
 class _Context:
@@ -96,20 +104,16 @@ def _gradients(function: Any, arguments: list[Any]) -> list[Tensor]:
 def noticed() -> Iterator[list[Met]]:
     """Collect the model's own functions that are applied inside, one call of each class."""
     met: dict[type, Met] = {}
-    base = torch.autograd.Function
-    original = base.__dict__["apply"]
+    found: list[Met] = []
 
-    def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
+    def notice(cls: Any, args: tuple[Any, ...]) -> None:
         if not cls.__module__.startswith("torch.") and cls not in met:
             met[cls] = Met(cls, tuple(_described(a) for a in args))
-        return original.__get__(None, cls)(*args, **kwargs)
 
-    found: list[Met] = []
-    base.apply = classmethod(apply)  # type: ignore[assignment, method-assign]
     try:
-        yield found
+        with autograd_functions_applied(notice):
+            yield found
     finally:
-        base.apply = original  # type: ignore[method-assign]
         found.extend(met.values())
 
 

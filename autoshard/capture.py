@@ -164,10 +164,10 @@ def _explain(error: Exception) -> str:
     lines = [line for line in text.splitlines() if line.strip()]
     place = [line.strip() for line in lines if 'File "' in line and "/torch/" not in line]
     message = f"the model could not be captured: {type(error).__name__}: {lines[0] if lines else ''}"
-    if place:
-        message += f"\n  at {place[-1]}"
-    elif frames := _model_frames(error):
+    if frames := _model_frames(error):
         message += f"\n  at {frames}"
+    elif place:
+        message += f"\n  at {place[-1]}"
     return message + (
         "\n  A branch or a size that depends on data cannot be captured: compute it with tensors "
         "(torch.where, masks), or outside the model."

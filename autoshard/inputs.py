@@ -42,6 +42,13 @@ def normalized_inputs(model: nn.Module, given: Any) -> Inputs:
         raise ExampleInputsError(
             f"example_inputs must be a tuple or a dict of forward's arguments, is {type(given)}"
         )
+    signature = inspect.signature(model.forward)
+    try:
+        signature.bind(*args, **kwargs)
+    except TypeError as error:
+        raise ExampleInputsError(
+            f"example_inputs do not fit forward{signature} of {type(model).__name__}: {error}"
+        ) from None
     return pytree.tree_map_only(Tensor, lambda t: t.detach().cpu(), (args, kwargs))  # type: ignore[no-any-return]
 
 

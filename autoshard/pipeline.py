@@ -82,6 +82,7 @@ def rewrite(
         with stages.stage("shard"):
             sharded = shard(analysis.graph, analysis.axes, assignment, keep_split)
         with stages.stage("check"):
-            inputs = {n.name for n in analysis.axes.differentiable if n.op == "placeholder"}
+            flows = analysis.axes.differentiable
+            inputs = {str(n.target) for n in flows if n.op == "placeholder"}
             check(sharded, inputs)
     return plan, sharded

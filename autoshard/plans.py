@@ -198,7 +198,7 @@ class Plan:
         found = []
         for name, entry in regions.items():
             degree = entry.get("degree") if isinstance(entry, dict) else None
-            if not isinstance(degree, int) or degree < 1 or tp % degree:
+            if isinstance(degree, bool) or not isinstance(degree, int) or degree < 1 or tp % degree:
                 raise PlanError(
                     f"{path}: field 'regions.{name}.degree' must divide tp={tp}, is {degree!r}"
                 )

@@ -63,7 +63,7 @@ def placeholder_values(
     for node in sharded.graph.nodes:
         if node.op != "placeholder":
             break
-        name = node.name
+        name = str(node.target)  # the name may differ: "input" is a Python builtin
         if name in captured.parameters:
             values.append(parameters[captured.parameters[name]])
         elif name in captured.buffers:

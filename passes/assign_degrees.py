@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping
+import operator
+from collections.abc import Iterator, Mapping
 from functools import partial
 
 from autoshard.analysis import Analysis, Candidate, Found
@@ -170,6 +171,15 @@ def _describe(
     )
 
 
+def _readers(node: fx.Node) -> Iterator[fx.Node]:
+    """The nodes that read a value, also one of several results."""
+    for user in node.users:
+        if user.target is operator.getitem:
+            yield from _readers(user)
+        else:
+            yield user
+
+
 def _parameters(analysis: Analysis, assignment: Assignment) -> tuple[ParameterShare, ...]:
     dims_of = {analysis.names[n.name]: analysis.axes.dims[n] for n in analysis.axes.parameters}
     found = []
@@ -187,7 +197,10 @@ def _parameters(analysis: Analysis, assignment: Assignment) -> tuple[ParameterSh
         cuts = assignment.cuts_in(dims).values()
         degree = max(c.degree for c in cuts)
         local = numel // shape[dim] * share_size(layout, 0)
-        padded = max(c.padded * c.parts if c.padded != c.rows else 0 for c in cuts)
+        padded = max(
+            c.padded * c.parts if c.padded * c.parts != atom.size else 0
+            for atom, c in assignment.cuts_in(dims).items()
+        )
         found.append(ParameterShare(name, shape, dim, degree, str(layout), local, padded, ""))
     return tuple(found)
 

@@ -52,8 +52,9 @@ def _sides(sharded: Sharded, differentiable_inputs: set[str]) -> None:
     flows: set[fx.Node] = set()
     for node in sharded.graph.nodes:
         if node.op == "placeholder":
-            side[node] = sharded.stored[node.name][2] if node.name in sharded.stored else WHOLE
-            if node.name in differentiable_inputs:
+            name = str(node.target)
+            side[node] = sharded.stored[name][2] if name in sharded.stored else WHOLE
+            if name in differentiable_inputs:
                 flows.add(node)
         elif node.op == "get_attr":
             continue

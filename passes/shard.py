@@ -118,7 +118,7 @@ class _Sharder:
         dim = stored_dim(dims, self.assignment)
         if dim is not None:
             degree = self.assignment.degree(dims)
-            self.stored[node.name] = (dim, self.assignment.layout(dims[dim]), degree)
+            self.stored[str(node.target)] = (dim, self.assignment.layout(dims[dim]), degree)
             self.inside[node] = degree
 
     def _whole(self, node: fx.Node) -> fx.Node:

@@ -97,9 +97,7 @@ Build = Callable[[Draw], Sample]
 def operator_named(name: str) -> torch._ops.OpOverload:
     """The operator of ``"aten.linear.default"``."""
     namespace, packet, overload = name.split(".")
-    found: torch._ops.OpOverload = getattr(
-        getattr(getattr(torch.ops, namespace), packet), overload
-    )
+    found: torch._ops.OpOverload = getattr(getattr(getattr(torch.ops, namespace), packet), overload)
     return found
 
 
@@ -446,8 +444,7 @@ def indexed(*given: bool) -> Build:
     def build(draw: Draw) -> Sample:
         shape = [draw.size() for _ in range(3)]
         indices = [
-            draw.below(shape[d], 3) if d < len(given) and given[d] else None
-            for d in range(len(given))
+            draw.below(shape[d], 3) if d < len(given) and given[d] else None for d in range(len(given))
         ]
         return Sample((draw.real(*shape), indices), splits=3 - sum(given))
 
@@ -562,7 +559,8 @@ SAMPLES: dict[str, tuple[Build, ...]] = {
     ),
     "aten.baddbmm.default": (
         biased("bmn", True, beta=2, alpha=3), biased("b1n", True), biased("11n", True),
-        biased("n", True), biased("mn", True), biased("bm1", True, alpha=0.5), biased("1", True, beta=0),
+        biased("n", True), biased("mn", True), biased("bm1", True, alpha=0.5),
+        biased("1", True, beta=0),
     ),
     "aten.matmul.default": (
         pair("k", "k", 1), pair("mk", "k", 2), pair("k", "kn", 2), pair("mk", "kn", 3),

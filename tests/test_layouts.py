@@ -90,13 +90,9 @@ def flat(layout: Layout) -> Layout:
         return layout
     if isinstance(layout, Concat):
         parts = [flat(p) for p in layout.parts]
-        return Concat(
-            tuple(q for p in parts for q in (p.parts if isinstance(p, Concat) else (p,)))
-        )
+        return Concat(tuple(q for p in parts for q in (p.parts if isinstance(p, Concat) else (p,))))
     factors = [flat(f) for f in layout.factors]
-    return Product(
-        tuple(g for f in factors for g in (f.factors if isinstance(f, Product) else (f,)))
-    )
+    return Product(tuple(g for f in factors for g in (f.factors if isinstance(f, Product) else (f,))))
 
 
 @given(cuts())

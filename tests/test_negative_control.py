@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import pytest
@@ -46,7 +46,7 @@ class Subject:
         return compare(self.model, self.program, sharded, self.plan, (), self.inputs)
 
 
-@lru_cache(maxsize=None)
+@cache
 def subject(name: str, tp: int) -> Subject:
     """The case's model, split as far as it goes."""
     case = huggingface.case(name)
@@ -85,9 +85,7 @@ def silent_gather(x: Tensor, dim: int, group: Group) -> Tensor:
 
 def silent_cross_entropy(*args: Any) -> Tensor:
     """The loss over the own classes alone."""
-    return ops.vocab_cross_entropy(
-        *(Silent(a) if isinstance(a, ThreadGroup) else a for a in args)
-    )
+    return ops.vocab_cross_entropy(*(Silent(a) if isinstance(a, ThreadGroup) else a for a in args))
 
 
 SILENT: dict[Any, Callable[..., Tensor]] = {

@@ -101,9 +101,7 @@ def test_every_row_of_the_table_uses_what_it_binds() -> None:
 
 def test_linear_unifies_and_sums() -> None:
     """The contracted axis is one, the result has the others, the bias is added once."""
-    call = call_of(
-        torch.ops.aten.linear.default, torch.ones(2, 3, 4), torch.ones(5, 4), torch.ones(5)
-    )
+    call = call_of(torch.ops.aten.linear.default, torch.ones(2, 3, 4), torch.ones(5, 4), torch.ones(5))
     apply_row(parse("* k+, n k+, n! -> * n"), call)
     x, w, b = (call.operand(name) for name in ("input", "weight", "bias"))
     assert x[2].find() is w[1].find()

@@ -22,6 +22,7 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from autoshard import assignment as assignments
+from autoshard.analysis import Axes
 from autoshard.assignment import Assignment
 from autoshard.axes import Axis, atoms_of
 from autoshard.passes import match
@@ -32,6 +33,7 @@ from autoshard.rules import RULES, Rule, rule_for
 from autoshard.rules.arithmetic import pointwise, reduction
 from autoshard.rules.call import Call
 from autoshard.rules.table import computed, row
+from autoshard.sharded import Sharded
 from autoshard.simulate import RankContext, run_ranks
 from tests.rule_samples import (
     Build,
@@ -132,9 +134,7 @@ def trial(
     usable = match._usable(axes)
     match._Uses(axes, usable, match.Hints(graph))  # freezes lookups along composed axes
     differentiable = tuple(
-        name
-        for name in (*roles["parameter"], *roles["input"])
-        if values[name].is_floating_point()
+        name for name in (*roles["parameter"], *roles["input"]) if values[name].is_floating_point()
     )
     leaves = {n: _leaf(v, n in differentiable) for n, v in values.items()}
     outputs = _run(fx.GraphModule({}, graph), list(leaves.values()), None, sample.backward)
@@ -159,9 +159,7 @@ def _call(graph: fx.Graph, op: Any, args: Any, kwargs: Any, results: list[fx.Nod
         results.append(item)
 
 
-def _refine(
-    graph: fx.Graph, node: fx.Node, dim: int, how: Refine, results: list[fx.Node]
-) -> None:
+def _refine(graph: fx.Graph, node: fx.Node, dim: int, how: Refine, results: list[fx.Node]) -> None:
     shape = list(node.meta["val"].shape)
     kind, at = how
     if not kind or shape[dim] < 4 or shape[dim] % 2:
@@ -186,9 +184,7 @@ def _gradient(leaf: Tensor) -> Tensor:
     return torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
 
 
-def _run(
-    module: fx.GraphModule, values: list[Tensor], own: Any, backward: bool
-) -> list[Tensor]:
+def _run(module: fx.GraphModule, values: list[Tensor], own: Any, backward: bool) -> list[Tensor]:
     """The outputs, and a backward pass from a sum of all of them, weighted by random numbers.
 
     Args:
@@ -243,14 +239,12 @@ class Scheme:
 def schemes(trial: Trial, degrees: Sequence[int] = (2, 3, 4)) -> Iterator[Scheme]:
     """Every way to split the call that the analysis and the matching allow."""
     free = trial.free
-    uses = match._Uses(trial.axes, set(free), match.Hints(trial.graph))
+    uses = match._Uses(trial.axes, dict.fromkeys(free), match.Hints(trial.graph))
     ties = nx.Graph([tuple(pair) for pair in uses.ties])
     groups = [(a,) for a in free]
     groups += [_together(free, tied, uses) for tied in nx.connected_components(ties)]
     lookups = {c.lookup.find() for c in trial.axes.calls.values() if c.lookup is not None}
-    random = any(
-        torch.Tag.nondeterministic_seeded in node.target.tags for node in trial.axes.calls
-    )
+    random = any(torch.Tag.nondeterministic_seeded in node.target.tags for node in trial.axes.calls)
     for group in groups:
         if random and len(group) == 1 and any(group[0] in pair for pair in uses.ties):
             continue
@@ -262,9 +256,7 @@ def schemes(trial: Trial, degrees: Sequence[int] = (2, 3, 4)) -> Iterator[Scheme
             for stride in (2, 1) if 4 in degrees else ():  # fewer parts than ranks
                 yield Scheme(4, tuple((a, 2, stride, False) for a in group))
         if len(group) == 1 and group[0] not in uses.unpaddable:
-            yield from (
-                Scheme(d, ((group[0], d, 1, True),)) for d in degrees if sizes[0] % d or d == 2
-            )
+            yield from (Scheme(d, ((group[0], d, 1, True),)) for d in degrees if sizes[0] % d or d == 2)
     for outer, inner in uses.factors:
         if _nested(outer, inner, trial) and not match._summed_apart([outer], inner, uses):
             if _size(outer) % 2 == 0 and _size(inner) % 2 == 0 and 4 in degrees:
@@ -330,9 +322,7 @@ def _on_rank(
             if node.name in sharded.stored:
                 value = local_share(value, sharded.stored[node.name], places[node.name])
             leaves[node.name] = _leaf(value, node.name in trial.differentiable)
-    own = [
-        (o.shape, partial(_own, sharded, i, rank)) for i, o in enumerate(trial.outputs)
-    ]
+    own = [(o.shape, partial(_own, sharded, i, rank)) for i, o in enumerate(trial.outputs)]
     outputs = _run(rank_module(sharded, rank.group), list(leaves.values()), own, trial.sample.backward)
     gradients = {n: _gradient(leaf) for n, leaf in leaves.items() if n in trial.differentiable}
     return [o.detach() for o in outputs], gradients, places
@@ -455,9 +445,7 @@ def test_rule_holds_on_drawn_calls(name: str, data: st.DataObject) -> None:
     """Drawn sizes, operands that are no parameters, dimensions that are products and parts."""
     draw = Draw(lambda options: data.draw(st.sampled_from(list(options))), seed=1)
     sample = data.draw(st.sampled_from(builders(name)))(draw)
-    tensors = [
-        t for t in pytree.tree_leaves((sample.args, sample.kwargs)) if isinstance(t, Tensor)
-    ]
+    tensors = [t for t in pytree.tree_leaves((sample.args, sample.kwargs)) if isinstance(t, Tensor)]
     reals = [t for t in tensors if t.is_floating_point()]
     parameters = data.draw(st.lists(st.booleans(), min_size=len(reals), max_size=len(reals)))
     if not any(parameters):
@@ -588,9 +576,7 @@ WRONG: list[tuple[str, Rule, str]] = [
 
 
 @pytest.mark.parametrize(("name", "rule", "why"), WRONG, ids=[why for _, _, why in WRONG])
-def test_wrong_rule_is_caught(
-    name: str, rule: Rule, why: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_wrong_rule_is_caught(name: str, rule: Rule, why: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The brute force would notice a wrong row in the table."""
     build = builders(name)[0]
     monkeypatch.setitem(RULES, name, rule)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -11,13 +12,14 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, fx, nn
+from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 import autoshard
 from autoshard import pipeline
 from autoshard.capture import Captured, capture, skeleton
-from autoshard.rank import local_share, placeholder_values, rank_module
 from autoshard.random_streams import RandomStream
+from autoshard.rank import local_share, placeholder_values, rank_module
 from tests.models import huggingface, nanogpt, plain
 from tests.models.case import Case
 
@@ -152,8 +154,145 @@ def test_flops_run_on_shards(
     values = partial(placeholder_values, sharded, program.captured)
     given = list(inputs.values())
     rank = flops(rank_module(sharded, Alone), values(local, buffers, given))
-    model_flops = flops(
-        fx.GraphModule({}, program.analysis.graph), values(whole, buffers, given)
-    )
+    model_flops = flops(fx.GraphModule({}, program.analysis.graph), values(whole, buffers, given))
     fraction = (1 - rank / model_flops) / (1 - 1 / tp)
     assert fraction >= 0.95, f"{fraction:.3f}"
+
+
+# -- models that are awkward in one way ----------------------------------------------------------
+
+
+class Branches(nn.Module):
+    """Two branches of an MLP lie behind each other before one projection sums over both."""
+
+    def __init__(self, *, normed: bool = False, dropout: bool = False, chunked: bool = False) -> None:
+        super().__init__()
+        self.left, self.right = nn.Linear(16, 32), nn.Linear(16, 32)
+        self.both = nn.Linear(16, 64)
+        self.norm = nn.LayerNorm(32) if normed else nn.Identity()
+        self.dropout = nn.Dropout(0.1 if dropout else 0.0)
+        self.chunked = chunked
+        self.out = nn.Linear(64, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.chunked:
+            left, right = self.both(x).chunk(2, -1)
+        else:
+            left, right = self.left(x), self.right(x)
+        joined = torch.cat([F.gelu(left), self.norm(F.gelu(right))], -1)
+        out: Tensor = self.out(self.dropout(joined))
+        return out
+
+
+class Head(nn.Module):
+    """A language model's end: logits over a vocabulary that four ranks do not divide."""
+
+    def __init__(self, kind: str, vocabulary: int = 203) -> None:
+        super().__init__()
+        self.kind = kind
+        self.embedding = nn.Embedding(vocabulary, 16)
+        self.mlp = nn.Sequential(nn.Linear(16, 32), nn.GELU(), nn.Linear(32, 16))
+        self.extra = nn.Linear(16, 5, bias=False)
+        self.gate = nn.Parameter(torch.ones(()))
+        self.final_bias: Tensor
+        self.register_buffer("final_bias", torch.linspace(-1, 1, vocabulary))
+        self.allowed: Tensor
+        self.register_buffer("allowed", torch.arange(vocabulary) % 7 > 0)
+
+    def forward(self, ids: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        states = self.mlp(self.embedding(ids))
+        weight = self.embedding.weight
+        if self.kind == "cosine":
+            weight = weight / weight.norm(dim=-1, keepdim=True)
+        logits = states @ weight.t()
+        if self.kind == "buffer":
+            logits = logits + self.final_bias
+        if self.kind == "masked":
+            logits = logits.masked_fill(~self.allowed, -100.0)
+        if self.kind == "decoupled":
+            logits = torch.cat([logits, self.extra(states)], -1)
+        loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100)
+        return loss, logits
+
+
+class OneToken(nn.Module):
+    """The loss of one position: logits with no dimension but the classes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.output = nn.Linear(16, 64)
+
+    def forward(self, x: Tensor, label: Tensor) -> Tensor:
+        return F.cross_entropy(self.output(x[0, 0]), label)
+
+
+class Squeezed(nn.Module):
+    """A dimension as large as the number of ranks is squeezed: in the model it has more than one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(16, 4 * 8), nn.Linear(4 * 8, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        heads = F.gelu(self.up(x)).unflatten(-1, (4, 8)).softmax(-1)
+        out: Tensor = self.down(heads.squeeze(-2).flatten(-2))
+        return out
+
+
+class Convolved(nn.Module):
+    """An MLP written as convolutions of width one, the second one with a bias."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Conv1d(16, 32, 1), nn.Conv1d(32, 16, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.down(F.gelu(self.up(x.transpose(1, 2)))).transpose(1, 2)
+        return out
+
+
+class Mean(nn.Module):
+    """The mean over two branches, one of which is normed and so stays whole."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right = nn.Linear(16, 32), nn.Linear(16, 32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        joined = torch.cat([F.gelu(self.left(x)), self.right(x).softmax(-1)], -1)
+        return joined.mean(-1) + joined.sum(-1)
+
+
+def _states() -> dict[str, Tensor]:
+    return {"x": torch.randn(3, 5, 16, dtype=torch.float64)}
+
+
+def _tokens() -> dict[str, Tensor]:
+    ids = torch.randint(203, (3, 5))
+    return {"ids": ids, "labels": ids.roll(1, 1)}
+
+
+AWKWARD: dict[str, tuple[Callable[[], nn.Module], Callable[[], dict[str, Tensor]]]] = {
+    "branches": (Branches, _states),
+    "branches, one normed": (partial(Branches, normed=True), _states),
+    "branches with dropout": (partial(Branches, dropout=True), _states),
+    "branches of one weight": (partial(Branches, chunked=True), _states),
+    "branches of one weight, one normed": (partial(Branches, chunked=True, normed=True), _states),
+    "mean of branches": (Mean, _states),
+    "plain head": (partial(Head, "plain"), _tokens),
+    "head with a buffer": (partial(Head, "buffer"), _tokens),
+    "head with a mask": (partial(Head, "masked"), _tokens),
+    "head of unit rows": (partial(Head, "cosine"), _tokens),
+    "head of two parts": (partial(Head, "decoupled"), _tokens),
+    "one token": (OneToken, lambda: {**_states(), "label": torch.tensor(63)}),
+    "squeezed heads": (Squeezed, _states),
+    "convolutions": (Convolved, _states),
+}
+
+
+@pytest.mark.parametrize("tp", [2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", AWKWARD)
+def test_awkward_model_is_the_same_function(name: str, tp: int) -> None:
+    """Small models that each do one thing that a rule or the rewriting must take care of."""
+    build, inputs = AWKWARD[name]
+    assert_same(autoshard.verify(build().double(), tp, inputs()))
