@@ -74,7 +74,7 @@ def parallelize(
     keep = outputs_to_keep(program, model.training, logits)
     made, sharded = rewrite(program, tp, request, keep)
     _check_plan(made, tp, strict)
-    _check_ranks(made, device_mesh)
+    _check_ranks(plan_hash(made, sharded), device_mesh)
     ranks = Mesh(device_mesh, tuple(made.degrees.values()))
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     agree(tensors, ranks)
@@ -159,11 +159,11 @@ def _check_plan(made: Plan, tp: int, strict: bool) -> None:
         )
 
 
-def _check_ranks(made: Plan, mesh: DeviceMesh | None) -> None:
+def _check_ranks(digest_of_plan: str, mesh: DeviceMesh | None) -> None:
     """All ranks must have computed the same plan, before any weight is touched."""
     if mesh is None:
         return
-    digest = torch.tensor([dist.get_rank(), *bytes.fromhex(plan_hash(made))], dtype=torch.int64)
+    digest = torch.tensor([dist.get_rank(), *bytes.fromhex(digest_of_plan)], dtype=torch.int64)
     known = digest.to(mesh.device_type)[None]
     for dim in reversed(range(mesh.ndim)):  # after the last dimension, every rank knows all
         group = mesh.get_group(dim)

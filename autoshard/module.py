@@ -280,9 +280,10 @@ def outputs_to_keep(program: Program, training: bool, logits: str) -> tuple[int,
     return ()
 
 
-def plan_hash(plan: Plan) -> str:
-    """What must be the same on all ranks."""
-    text = f"{plan.tp} {plan.fingerprint} {sorted(plan.degrees.items())}"
+def plan_hash(plan: Plan, sharded: Sharded) -> str:
+    """What must be the same on all ranks: the plan and the rewritten graph."""
+    graph = [(n.op, str(n.target), n.args, n.kwargs) for n in sharded.graph.nodes]
+    text = f"{plan.tp} {plan.fingerprint} {sorted(plan.degrees.items())} {graph}"
     return hashlib.sha256(text.encode()).hexdigest()
 
 

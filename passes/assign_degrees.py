@@ -12,6 +12,8 @@ import operator
 from collections.abc import Iterator, Mapping
 from functools import partial
 
+from torch import fx
+
 from autoshard.analysis import Analysis, Candidate, Found
 from autoshard.assignment import Assignment, stored_dim
 from autoshard.axes import Axis, atoms_of
@@ -139,7 +141,9 @@ def _describe(
             collectives.append(f"forward all-reduce of per-token scalars, twice ({node.name})")
         elif summed or lookup:
             collectives.append(f"forward all-reduce of {node.name}")
-    outputs = [n.name for n in region.calls if not n.users or any(u not in members for u in n.users)]
+    outputs = [
+        n.name for n in region.calls if any(u not in members for u in _readers(n)) or not n.users
+    ]
     largest = candidate.degrees(tp)[-1]
     sizes = ["·".join(str(a.size) for a in s.atoms) for s in candidate.splits]
     reason = f"{' | '.join(sizes)} divides by {degree}"

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from autoshard.axes import (
     Axis,
     AxisMismatch,
+    Size,
     atoms_of,
     concatenation,
     cut,
@@ -269,7 +270,7 @@ def test_refined_frozen_axis_stays_frozen() -> None:
 @given(numbers, numbers)
 def test_unify_is_symmetric(left: list[int], right: list[int]) -> None:
     """Both orders give the same sizes, or both refuse."""
-    outcomes = []
+    outcomes: list[object] = []
     for swap in (False, True):
         a = product([Axis(s) for s in left])
         b = product([Axis(s) for s in right])
@@ -291,9 +292,9 @@ def test_unify_is_symmetric(left: list[int], right: list[int]) -> None:
         (B * 12, B, 12), (B * S + B, B, S + 1), (B + 1, B, None), (0, 3, 0), (3, 0, None),
     ],
 )  # fmt: skip
-def test_ratio(a: object, b: object, expected: object) -> None:
+def test_ratio(a: Size, b: Size, expected: object) -> None:
     """The quotient where one size provably divides the other."""
-    assert ratio(a, b) == expected  # type: ignore[arg-type]
+    assert ratio(a, b) == expected
 
 
 def test_same_size_sees_through_the_form() -> None:

@@ -85,7 +85,8 @@ def silent_gather(x: Tensor, dim: int, group: Group) -> Tensor:
 
 def silent_cross_entropy(*args: Any) -> Tensor:
     """The loss over the own classes alone."""
-    return ops.vocab_cross_entropy(*(Silent(a) if isinstance(a, ThreadGroup) else a for a in args))
+    silent: list[Any] = [Silent(a) if isinstance(a, ThreadGroup) else a for a in args]
+    return ops.vocab_cross_entropy(*silent)
 
 
 SILENT: dict[Any, Callable[..., Tensor]] = {

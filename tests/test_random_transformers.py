@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import autoshard
 from tests.strategies import Spec, build, inputs, specs
 
 TP = st.sampled_from([2, 4, 1])
-SETTINGS = {"suppress_health_check": [HealthCheck.too_slow, HealthCheck.data_too_large]}
 
 
 def assert_same(report: autoshard.Report) -> None:
@@ -34,7 +33,7 @@ def holds(spec: Spec, tp: int, data: st.DataObject | None) -> None:
     assert_same(autoshard.verify(model, tp, inputs(spec), plan=plan))
 
 
-@settings(max_examples=5, **SETTINGS)
+@settings(max_examples=5)
 @given(specs(), TP)
 def test_random_transformer_is_the_same_function(spec: Spec, tp: int) -> None:
     """Outputs, loss and all gradients, at the largest degrees."""
@@ -42,7 +41,7 @@ def test_random_transformer_is_the_same_function(spec: Spec, tp: int) -> None:
 
 
 @pytest.mark.slow
-@settings(max_examples=25, **SETTINGS)
+@settings(max_examples=25)
 @given(specs(), TP, st.data())
 def test_more_random_transformers(spec: Spec, tp: int, data: st.DataObject) -> None:
     """The same at the largest degrees and at drawn ones."""

@@ -22,7 +22,7 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from autoshard import assignment as assignments
-from autoshard.analysis import Axes
+from autoshard.analysis import Axes, Hints
 from autoshard.assignment import Assignment
 from autoshard.axes import Axis, atoms_of
 from autoshard.passes import match
@@ -132,7 +132,7 @@ def trial(
     axes = assign_axes(graph, roles["parameter"], roles["input"])
     match._freeze_repeated(axes)
     usable = match._usable(axes)
-    match._Uses(axes, usable, match.Hints(graph))  # freezes lookups along composed axes
+    match._Uses(axes, usable, Hints(graph))  # freezes lookups along composed axes
     differentiable = tuple(
         name for name in (*roles["parameter"], *roles["input"]) if values[name].is_floating_point()
     )
@@ -239,12 +239,16 @@ class Scheme:
 def schemes(trial: Trial, degrees: Sequence[int] = (2, 3, 4)) -> Iterator[Scheme]:
     """Every way to split the call that the analysis and the matching allow."""
     free = trial.free
-    uses = match._Uses(trial.axes, dict.fromkeys(free), match.Hints(trial.graph))
+    uses = match._Uses(trial.axes, dict.fromkeys(free), Hints(trial.graph))
     ties = nx.Graph([tuple(pair) for pair in uses.ties])
-    groups = [(a,) for a in free]
+    groups: list[tuple[Axis, ...]] = [(a,) for a in free]
     groups += [_together(free, tied, uses) for tied in nx.connected_components(ties)]
     lookups = {c.lookup.find() for c in trial.axes.calls.values() if c.lookup is not None}
-    random = any(torch.Tag.nondeterministic_seeded in node.target.tags for node in trial.axes.calls)
+    random = any(
+        isinstance(node.target, torch._ops.OpOverload)
+        and torch.Tag.nondeterministic_seeded in node.target.tags
+        for node in trial.axes.calls
+    )
     for group in groups:
         if random and len(group) == 1 and any(group[0] in pair for pair in uses.ties):
             continue

@@ -49,7 +49,9 @@ def capture_once(key: tuple[str, str], *args: Any) -> Captured:
     if key not in _CAPTURED:
         _CAPTURED[key] = capture(*args)
     captured = _CAPTURED[key]
-    return replace(captured, graph=copy.deepcopy(captured.graph.owning_module).graph)
+    module = captured.graph.owning_module
+    assert module is not None
+    return replace(captured, graph=copy.deepcopy(module).graph)
 
 
 @pytest.fixture
