@@ -280,9 +280,10 @@ def outputs_to_keep(program: Program, training: bool, logits: str) -> tuple[int,
     return ()
 
 
-def plan_hash(plan: Plan, sharded: Sharded) -> str:
+def plan_hash(plan: Plan, sharded: Sharded | None = None) -> str:
     """What must be the same on all ranks: the plan and the rewritten graph."""
-    graph = [(n.op, str(n.target), n.args, n.kwargs) for n in sharded.graph.nodes]
+    nodes = sharded.graph.nodes if sharded is not None else ()
+    graph = [n.format_node() for n in nodes]
     text = f"{plan.tp} {plan.fingerprint} {sorted(plan.degrees.items())} {graph}"
     return hashlib.sha256(text.encode()).hexdigest()
 
