@@ -5,14 +5,17 @@
     python benchmarks/plan.py --profile       # where the time after the capture goes, at 24 layers
 
 Models are built on the meta device; each size runs in a process of its own, on one thread. Stages:
-everything that ``parallelize`` does before it touches a weight, at ``degree="max"``. A model of one
-layer goes first (``first``: the modules that torch.export imports when it is first called).
+everything that ``parallelize`` does before it touches a weight, at ``degree="max"``, in seconds of
+the processor, so that other work on the machine does not count. A model of one layer goes first
+(``first``: mostly what torch.export imports when it is first called), and the garbage collector
+passes over what is there by then.
 """
 
 from __future__ import annotations
 
 import argparse
 import cProfile
+import gc
 import json
 import math
 import os
@@ -71,16 +74,20 @@ def measure(size: Size, tp: int, profile: bool = False) -> dict[str, Any]:
     """Plan and rewrite one model in this process."""
     import torch
 
+    from autoshard import progress
     from autoshard.capture import skeleton
     from autoshard.pipeline import analyse, rewrite
 
     torch.set_num_threads(1)
+    progress.perf_counter = time.process_time
     tokens = torch.zeros((BATCH, SEQUENCE), dtype=torch.int64)
     kind, _, _, heads = size
-    start = time.perf_counter()
+    start = time.process_time()
     inputs = {"input_ids": tokens, "labels": tokens}
     rewrite(analyse(skeleton(build((kind, 1, heads, heads))), (), inputs, tp), tp, "max")
-    first = time.perf_counter() - start
+    first = time.process_time() - start
+    gc.collect()
+    gc.freeze()
     model = build(size)
     before = _peak_gib()
     profiler = cProfile.Profile()
@@ -163,7 +170,7 @@ def main() -> None:
         return
     results: dict[str, dict[str, Any]] = {}
     if not options.json:
-        print("seconds per stage; GiB: peak of the process; more: of that, by this model")
+        print("processor seconds per stage; GiB: peak of the process; more: of that, by this model")
         print(
             f"{'model':24}{'first':>8}{''.join(f'{stage:>10}' for stage in STAGES)}"
             f"{'after':>8}{'GiB':>7}{'more':>7}{'nodes':>7}{'on shards':>11}"

@@ -125,13 +125,18 @@ def layer_as_code(graph: fx.Graph, layer: str) -> str:
         path = stack[-1][0] if stack else ""
         if node.op != "call_function" or not f"{path}.".startswith(f"{layer}."):
             continue
-        module = node.target.__module__ if callable(node.target) else ""
-        name = str(node.target).removesuffix(".default")
-        if module.startswith(("autoshard", "_operator")):
-            name = f"{module.rpartition('.')[2].lstrip('_')}.{node.target.__name__}"
-        arguments = [repr(a) for a in node.args] + [f"{k}={v!r}" for k, v in node.kwargs.items()]
-        lines.append(f"{node.name} = {name}({', '.join(arguments)})")
+        arguments = [*map(as_text, node.args), *(f"{k}={v!r}" for k, v in node.kwargs.items())]
+        lines.append(f"{node.name} = {as_text(node.target)}({', '.join(arguments)})")
     return "\n".join(lines)
+
+
+def as_text(value: Any) -> str:
+    """``aten.addmm``, ``ops.copy``, ``operator.getitem``; anything else as Python shows it."""
+    if isinstance(value, torch._ops.OpOverload):
+        return str(value).removesuffix(".default")
+    if callable(value):
+        return f"{value.__module__.rpartition('.')[2].lstrip('_')}.{value.__name__}"
+    return repr(value)
 
 
 def run_ranks(folder: Path, data: Path | None, steps: int, tp: int) -> list[dict[str, Any]]:

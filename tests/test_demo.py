@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import operator
 import os
 import subprocess
 import sys
@@ -14,6 +15,8 @@ from typing import Any
 import pytest
 import torch
 from torch import fx
+
+from autoshard import ops
 
 ROOT = Path(__file__).parents[1]
 DEMO = ROOT / "examples" / "demo.py"
@@ -127,3 +130,11 @@ def test_layer_as_code(demo: ModuleType) -> None:
         x.meta["nn_module_stack"] = {"0": ("", object), "1": (path, object)}
     lines = demo.layer_as_code(graph, "h.1").splitlines()
     assert lines == ["a = aten.mul.Tensor(x, 2.0)", "c = aten.mul.Tensor(b, 2.0)"]
+
+
+def test_as_text(demo: ModuleType) -> None:
+    """Operators and functions stand under the names that the documentation uses."""
+    assert demo.as_text(torch.ops.aten.addmm.default) == "aten.addmm"
+    assert demo.as_text(operator.getitem) == "operator.getitem"
+    assert demo.as_text(ops.copy) == "ops.copy"
+    assert demo.as_text([2, -1]) == "[2, -1]"
