@@ -406,6 +406,8 @@ def _positional(target: Any, arguments: dict[str, Any]) -> tuple[tuple[Any, ...]
     kwargs: dict[str, Any] = {}
     for spec in names:
         if spec.name not in given:
+            if spec.has_default_value() and not spec.kwarg_only:
+                args.append(spec.default_value)  # keeps the place of what follows
             continue
         value = given[spec.name]
         if spec.kwarg_only:

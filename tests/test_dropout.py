@@ -227,8 +227,8 @@ def test_one_process_keeps_the_default_generator() -> None:
 # Real ranks
 
 
-def on_ranks(attention: str) -> dict[str, Any]:
-    """nanoGPT at tp=4, its second attention and first MLP at degree 2."""
+def split_four_ways(attention: str) -> dict[str, Any]:
+    """nanoGPT at tp=4, its second attention at degree 2."""
     torch.manual_seed(dist.get_rank())  # the first rank's seed is everybody's
     model = nanogpt.CASES[0].build(attention, dropout=RATE)
     batch = nanogpt.inputs(model)
@@ -266,35 +266,8 @@ def on_ranks(attention: str) -> dict[str, Any]:
     return found
 
 
-ATTENTION = {"sdpa": "scaled_dot_product_attention", "eager": "dropout"}
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_masks_on_real_ranks(attention: str) -> None:
-    """Attention's own dropout too: by region and twin; whole outputs alike on all ranks."""
-    ranks = run_distributed(on_ranks, 4, attention)
-    names = [[name for name, _ in rank["masks"]] for rank in ranks]
-    layer = [ATTENTION[attention], "dropout", "dropout"]  # attention, its output, the MLP's
-    assert names == [["dropout", *layer, *layer]] * 4
-    by_place = [alike([rank["masks"][i][1] for rank in ranks]) for i in range(7)]
-    everyone = [{0, 1, 2, 3}]
-    assert by_place[1] == [{0}, {1}, {2}, {3}]
-    assert by_place[4] == [{0, 2}, {1, 3}]
-    assert [by_place[i] for i in (0, 2, 3, 5, 6)] == [everyone] * 5
-    assert ranks[0]["masks"][1][1].shape == (3, 2, 10, 10)
-    assert ranks[0]["masks"][4][1].shape == (3, 4, 10, 10)
-    assert alike([rank["logits"] for rank in ranks]) == everyone
-    for rank in ranks:
-        assert torch.equal(rank["loss"], ranks[0]["loss"])
-        assert rank["undisturbed"] and rank["repeats"] and rank["differs"]
-        drawn, off = rank["eval"]
-        assert drawn == 0 and off < 1e-5
-        assert rank["streams"] == 0
-
-
-def on_replicas() -> list[tuple[str, Tensor]]:
-    """nanoGPT at tp=2 in a world of 4."""
+def replicated() -> list[tuple[str, Tensor]]:
+    """Masks of nanoGPT at tp=2 in a world of 4."""
     model = nanogpt.CASES[0].build("sdpa", dropout=RATE)
     batch = nanogpt.inputs(model)
     tp_model = autoshard.parallelize(model, 2, batch)
@@ -303,10 +276,53 @@ def on_replicas() -> list[tuple[str, Tensor]]:
     return masks["MainThread"]
 
 
+def everything() -> dict[str, Any]:
+    """All that the tests below look at."""
+    split = {how: split_four_ways(how) for how in ("sdpa", "eager")}
+    return {**split, "replicas": replicated()}
+
+
+@pytest.fixture(scope="module")
+def ranks() -> list[dict[str, Any]]:
+    """What four processes drew."""
+    return run_distributed(everything, 4)
+
+
 @pytest.mark.slow
-def test_replicas_draw_for_themselves() -> None:
+@pytest.mark.parametrize(
+    ("how", "operator"), [("sdpa", "scaled_dot_product_attention"), ("eager", "dropout")]
+)
+def test_masks_on_real_ranks(ranks: list[dict[str, Any]], how: str, operator: str) -> None:
+    """Attention's own dropout too: by region and twin; whole outputs alike on all ranks."""
+    found = [rank[how] for rank in ranks]
+    layer = [operator, "dropout", "dropout"]  # attention, its output, the MLP's
+    for rank in found:
+        assert [name for name, _ in rank["masks"]] == ["dropout", *layer, *layer]
+    by_place = [alike([rank["masks"][i][1] for rank in found]) for i in range(7)]
+    everyone = [{0, 1, 2, 3}]
+    assert by_place[1] == [{0}, {1}, {2}, {3}]
+    assert by_place[4] == [{0, 2}, {1, 3}]
+    assert [by_place[i] for i in (0, 2, 3, 5, 6)] == [everyone] * 5
+    assert found[0]["masks"][1][1].shape == (3, 2, 10, 10)
+    assert found[0]["masks"][4][1].shape == (3, 4, 10, 10)
+    assert alike([rank["logits"] for rank in found]) == everyone
+    assert alike([rank["loss"] for rank in found]) == everyone
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["sdpa", "eager"])
+def test_seeds_on_real_ranks(ranks: list[dict[str, Any]], how: str) -> None:
+    """One seed repeats bit for bit, another does not; eval draws nothing; torch's own goes on."""
+    for rank in (rank[how] for rank in ranks):
+        assert rank["undisturbed"] and rank["repeats"] and rank["differs"]
+        drawn, off = rank["eval"]
+        assert drawn == 0 and off < 1e-5
+        assert rank["streams"] == 0
+
+
+@pytest.mark.slow
+def test_replicas_draw_for_themselves(ranks: list[dict[str, Any]]) -> None:
     """Data parallel replicas see other batches: their masks differ, outside regions too."""
-    ranks = run_distributed(on_replicas, 4)
-    outside, inside = (alike([rank[i][1] for rank in ranks]) for i in (0, 1))
+    outside, inside = (alike([rank["replicas"][i][1] for rank in ranks]) for i in (0, 1))
     assert outside == [{0, 1}, {2, 3}]
     assert inside == [{0}, {1}, {2}, {3}]

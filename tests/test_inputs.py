@@ -27,8 +27,8 @@ def huggingface_model(name: str) -> nn.Module:
     ("name", "names"),
     [
         ("gpt2", {"input_ids", "labels"}),
-        ("bert", {"input_ids", "labels"}),
-        ("t5", {"input_ids", "decoder_input_ids", "labels"}),
+        pytest.param("bert", {"input_ids", "labels"}, marks=pytest.mark.slow),
+        pytest.param("t5", {"input_ids", "decoder_input_ids", "labels"}, marks=pytest.mark.slow),
     ],
 )
 def test_dummy_inputs_of_transformers(name: str, names: set[str]) -> None:
@@ -47,6 +47,7 @@ def test_dummy_inputs_of_transformers(name: str, names: set[str]) -> None:
     assert model(**kwargs).loss.isfinite()
 
 
+@pytest.mark.slow
 def test_transformers_without_a_head() -> None:
     """A model that returns hidden states takes no labels, and is split all the same."""
     from transformers import GPT2Config, GPT2Model
@@ -233,6 +234,7 @@ def test_every_way_to_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Non
         assert torch.equal(tp_model(*args, **kwargs)["y"], expected["y"])
 
 
+@pytest.mark.slow
 def test_options_of_transformers_that_forward_takes_by_kwargs() -> None:
     """return_dict and output_hidden_states are no parameters of GPT-2's forward, and work."""
     model = huggingface_model("gpt2").eval()

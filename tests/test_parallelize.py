@@ -111,11 +111,7 @@ def _serve(folder: Path) -> None:
         faulthandler.dump_traceback_later(120, exit=True)
         torch.manual_seed(0)
         fn, args = pickle.loads(job.read_bytes())
-        t = time.process_time()  # DEV
-        result = fn(*args)
-        with open("/tmp/cpu.log", "a") as f:  # DEV
-            print(rank, fn.__name__, args, f"{time.process_time() - t:.1f}", file=f)  # DEV
-        _write(folder / f"{number}.{rank}", result)
+        _write(folder / f"{number}.{rank}", fn(*args))
         faulthandler.cancel_dump_traceback_later()
         number += 1
 
@@ -173,7 +169,8 @@ def exact() -> Iterator[None]:
         leaves, spec = pytree.tree_flatten((args, kwargs))
         signature = [(x.shape, x.dtype) if isinstance(x, Tensor) else x for x in leaves]
         weights = [(n, p.dtype, p.requires_grad) for n, p in model.named_parameters()]
-        key = str((model, model.training, spec, signature, weights))
+        config = getattr(model, "config", None)
+        key = str((model, config, model.training, spec, signature, weights))
         if key not in CAPTURED:
             CAPTURED[key] = original(model, args, kwargs)
             edit_exactly(torch.float64)(CAPTURED[key].graph)
@@ -500,7 +497,7 @@ def given_meshes() -> dict[str, Any]:
     }
     found: dict[str, Any] = {}
     for name, mesh in meshes.items():
-        tp_model = autoshard.parallelize(model, mesh["tp"].size(), batch, mesh=mesh)
+        tp_model = split(model, mesh["tp"].size(), batch, mesh=mesh)
         assert tp_model.mesh is mesh
         model.zero_grad()
         found[name] = bad(step_errors(model, tp_model, batch))
@@ -751,11 +748,11 @@ def ties(name: str) -> dict[str, Any]:
             by_tensor.setdefault(id(parameter), []).append(path)
         return sorted(paths for paths in by_tensor.values() if len(paths) > 1)
 
-    model, batch = sample(name, torch.float32)
-    tp_model = autoshard.parallelize(model, 2, batch)
+    model, batch = sample(name)
+    tp_model = split(model, 2, batch)
     found = {"model": groups(model), "split": groups(tp_model)}
     tp_model.load_state_dict(tp_model.state_dict())
-    tp_model.to(torch.float64)
+    tp_model.to(torch.bfloat16)
     found["later"] = groups(tp_model)
     return found
 
@@ -865,7 +862,7 @@ def from_other_seeds(world_tp: int) -> dict[str, Any]:
     """Every rank builds the model from a seed of its own."""
     first, batch = sample("nanogpt")
     model, _ = sample("nanogpt", seed=dist.get_rank())
-    tp_model = autoshard.parallelize(model, world_tp, batch)
+    tp_model = split(model, world_tp, batch)
     return {
         "first": bad(errors(tp_model.full_state_dict(), first.state_dict()), 1e-300),
         **bad(step_errors(first, tp_model, batch)),

@@ -131,6 +131,7 @@ def test_an_odd_vocabulary_is_padded(plan: autoshard.Plan) -> None:
     assert "padded to 204" in plan.region("lm_head").reason
 
 
+@pytest.mark.slow
 def test_twenty_five_heads() -> None:
     """GPT-2 XL's heads at tp=2: attention stays whole and says why, the rest is split."""
     from transformers import GPT2Config, GPT2LMHeadModel
@@ -200,6 +201,7 @@ def test_with_degree_on_tied_regions(plan: autoshard.Plan) -> None:
         assert name in note and other in note and "share" in note
 
 
+@pytest.mark.slow
 def test_position_bias_ties_the_stack() -> None:
     """T5's heads have one degree in a stack: its layers look one table up; the other's is free."""
     one = huggingface("t5")
@@ -225,7 +227,7 @@ def test_save_and_load(plan: autoshard.Plan, tmp_path: Path) -> None:
     loaded = autoshard.Plan.load(path)
     assert (loaded.tp, loaded.degrees) == (4, changed.degrees)
     assert loaded.fingerprint == plan.fingerprint
-    assert plan_hash(loaded) == plan_hash(changed) or loaded.parameters == ()
+    assert plan_hash(loaded) == plan_hash(changed)
     loaded.save(tmp_path / "again.json")
     assert json.loads((tmp_path / "again.json").read_text()) == json.loads(path.read_text())
     model = GPT.build("sdpa", dropout=0.0)
@@ -260,6 +262,7 @@ print(graph_text(model, 4, inputs))
 """
 
 
+@pytest.mark.slow
 def test_the_same_plan_in_every_process() -> None:
     """Two processes with other hash seeds print the same plan and the same graph."""
     root = Path(__file__).parent.parent
@@ -290,7 +293,7 @@ def _llama() -> nn.Module:
     return LlamaForCausalLM(config)
 
 
-@pytest.mark.parametrize("build", [_nanogpt, _llama])
+@pytest.mark.parametrize("build", [_nanogpt, pytest.param(_llama, marks=pytest.mark.slow)])
 def test_a_model_on_the_meta_device_has_the_same_plan(build: Callable[[], nn.Module]) -> None:
     """No weight is looked at: plan and graph are those of the real model."""
     model = build()

@@ -54,7 +54,7 @@ SPLIT = computed(structure.split, structure.local_split("split_size"))
 RULES: dict[str, Rule] = {
     # products
     "aten.linear.default": row("* k+, n k+, n! -> * n"),
-    "aten.addmm.default": row("n!, m k+, k+ n -> m n"),
+    "aten.addmm.default": row("m n!, m k+, k+ n -> m n"),
     "aten.mm.default": row("m k+, k+ n -> m n"),
     "aten.mv.default": row("m k+, k+ -> m"),
     "aten.dot.default": row("k+, k+ ->"),
@@ -63,8 +63,8 @@ RULES: dict[str, Rule] = {
     "aten.matmul.default": computed(arithmetic.matmul),
     "aten.einsum.default": computed(arithmetic.einsum),
     "aten.scaled_dot_product_attention.default": computed(arithmetic.attention),
-    "aten._grouped_mm.default": row("t k+, e^ k+ n, e^ -> t n"),
-    "transformers.grouped_mm_fallback.default": row("t k+, e^ k+ n, e^ -> t n"),
+    "aten._grouped_mm.default": row("t^ k+, e^ k+ n, e^ -> t n"),
+    "transformers.grouped_mm_fallback.default": row("t^ k+, e^ k+ n, e^ -> t n"),
     "aten.conv1d.default": CONVOLUTION,
     "aten.conv2d.default": CONVOLUTION,
     # normalization
