@@ -43,6 +43,15 @@ from autoshard.sharded import Sharded, SplitOutput
 aten = torch.ops.aten
 
 # The operator without its bias, which is added once after the reduction.
+# Operators whose parts differ on a rank have one general form there.
+GENERAL: dict[Any, Any] = {
+    aten.split.Tensor: aten.split_with_sizes.default,
+    aten.split.sizes: aten.split_with_sizes.default,
+    aten.chunk.default: aten.split_with_sizes.default,
+    aten.squeeze.default: aten.squeeze.dims,
+    aten.squeeze.dim: aten.squeeze.dims,
+}
+
 UNBIASED: dict[Any, tuple[Any, str]] = {
     aten.linear.default: (aten.linear.default, "bias"),
     aten.addmm.default: (aten.mm.default, "self"),
@@ -214,7 +223,11 @@ class _Sharder:
             key = ("part", result, dim, layout)
             if key not in self.entered:
                 args = (result, dim, str(layout), group)
-                self.entered[key] = self._create(value, "part", shares.local_part, args)
+                part = self._create(value, "part", shares.local_part, args)
+                cut = self.assignment.cuts.get(axis.find())
+                if cut is not None and cut.padded * cut.parts != axis.find().size:
+                    part = self._create(value, "pad", shares.pad_to, (part, dim, cut.padded))
+                self.entered[key] = part
             result = self.entered[key]
         return result
 
@@ -237,7 +250,7 @@ class _Sharder:
     def _emit(
         self, node: fx.Node, call: Call, arguments: dict[str, Any], group: fx.Node, summed: bool
     ) -> fx.Node:
-        target: Any = node.target
+        target: Any = GENERAL.get(node.target, node.target)
         if summed and call.added_once:
             target, bias = UNBIASED[node.target]
             arguments = {**arguments}
@@ -397,7 +410,7 @@ class _Local:
 def _positional(target: Any, arguments: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Arguments by name as a call: positional where the schema has them so, defaults left out."""
     names = list(target._schema.arguments)
-    given = dict(arguments)
+    given = {n: v for n, v in arguments.items() if n not in ("split_size", "chunks")}
     if target in (aten.mm.default, aten.bmm.default) and "mat1" in given:
         given = {"self": given["mat1"], "mat2": given["mat2"]}
     if target is aten.bmm.default and "batch1" in given:

@@ -822,7 +822,7 @@ def loss_outside(name: str, how: str) -> dict[str, float]:
     else:
         F.cross_entropy(found.flatten(0, 1), labels).backward()
     return {
-        **output_errors(found, expected),
+        **output_errors(whole(found), expected),
         **errors(whole_gradients(tp_model), gradients(model)),
     }
 

@@ -49,7 +49,7 @@ ALONG = computed(structure.along())
 RESHAPE = computed(views.reshape, views.local_sizes("size"))
 SUM = computed(arithmetic.reduction)
 CONVOLUTION = computed(arithmetic.convolution, arithmetic.local_groups)
-SPLIT = computed(structure.split, structure.local_split("split_size"))
+SPLIT = computed(structure.split, structure.local_split)
 
 RULES: dict[str, Rule] = {
     # products
@@ -123,9 +123,9 @@ RULES: dict[str, Rule] = {
     "aten.t.default": computed(views.reverse),
     "aten.numpy_T.default": computed(views.reverse),
     "aten.unsqueeze.default": computed(views.unsqueeze),
-    "aten.squeeze.default": computed(views.squeeze),
-    "aten.squeeze.dim": computed(views.squeeze),
-    "aten.squeeze.dims": computed(views.squeeze),
+    "aten.squeeze.default": computed(views.squeeze, views.local_squeeze),
+    "aten.squeeze.dim": computed(views.squeeze, views.local_squeeze),
+    "aten.squeeze.dims": computed(views.squeeze, views.local_squeeze),
     "aten.expand.default": computed(views.expand, views.local_sizes("size")),
     "aten.expand_as.default": computed(arithmetic.shaped_as_other),
     "aten.broadcast_to.default": computed(views.expand, views.local_sizes("size")),
@@ -137,8 +137,8 @@ RULES: dict[str, Rule] = {
     "aten.unbind.int": computed(structure.unbind),
     "aten.split.Tensor": SPLIT,
     "aten.split.sizes": SPLIT,
-    "aten.split_with_sizes.default": computed(structure.split, structure.local_split("split_sizes")),
-    "aten.chunk.default": computed(structure.split),
+    "aten.split_with_sizes.default": computed(structure.split, structure.local_split),
+    "aten.chunk.default": SPLIT,
     "aten.cat.default": computed(structure.cat),
     "aten.concat.default": computed(structure.cat),
     "aten.concatenate.default": computed(structure.cat),
