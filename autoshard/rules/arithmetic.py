@@ -12,7 +12,9 @@ from autoshard.rules.views import frozen
 
 def pointwise(call: Call) -> None:
     """Every operand broadcast against the others; each axis passes."""
-    call.outputs = [call.broadcast([call.operand(*s) for s in call.tensors()], call.shape())]
+    value = call.node.meta["val"]
+    dims = call.broadcast([call.operand(*s) for s in call.tensors()], call.shape())
+    call.outputs = [dims] * (len(value) if isinstance(value, (list, tuple)) else 1)
 
 
 def like_first(call: Call) -> None:
@@ -162,7 +164,7 @@ def convolution(call: Call) -> None:
     elif channels.find().size == weight[0].find().size == groups:
         call.unify(channels, weight[0])
     else:
-        call.freeze((channels, weight[0]), "a grouped convolution")
+        call.freeze((channels, *weight[:2]), "a grouped convolution")
     if call.given("bias"):
         call.unify(call.operand("bias")[0], weight[0])
     result = (*x[: len(x) - rank - 1], weight[0], *new)

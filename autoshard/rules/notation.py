@@ -24,6 +24,7 @@ from functools import lru_cache
 from autoshard import axes
 from autoshard.axes import Axis
 from autoshard.rules.call import Call
+from autoshard.rules.views import frozen
 
 
 @dataclass(frozen=True)
@@ -85,9 +86,9 @@ def apply_row(row: Row, call: Call) -> None:
             call.added_once.append(slot)
         count = len(pattern.letters)
         if count and len(dims) < count and not pattern.added_once:
-            call.freeze(dims, f"the row {row.text!r} does not fit")
-            continue
-        named = dims[len(dims) - count :] if count else ()
+            frozen(call)  # a vector where the row has a matrix
+            return
+        named = dims[max(0, len(dims) - count) :] if count else ()
         if pattern.leading:
             leading.append(dims[: len(dims) - count])
         for axis, (letter, mark) in zip(reversed(named), reversed(pattern.letters), strict=False):

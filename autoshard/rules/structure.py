@@ -67,6 +67,8 @@ def _every(call: Call, axis: Axis, start: int, step: int, result: axes.Size) -> 
         outer = axes.ratio(axis.find().size, step)
         if outer is None:
             raise axes.AxisMismatch("a strided slice of a length that the stride does not divide")
+        if not axes.same_size(outer, result):
+            raise axes.AxisMismatch("a strided slice of a part of the axis")
         first, second = axes.divide_product(axis, outer)
         call.freeze((second,), "a strided slice")
         return first
@@ -96,13 +98,15 @@ def local_slice(call: Call, local: Local) -> dict[str, Any]:
     dim = call.dim(call.arguments["dim"], len(dims))
     axis = dims[dim]
     size = axis.find().size
-    start, _end, step = slice_bounds(call, size)
+    start, end, step = slice_bounds(call, size)
     if local.size(axis) == size:
         return {}
     if axes.same_size(size, result[dim].find().size):
         return {"start": 0, "end": sys.maxsize}
     if step != 1:
         return {"start": start, "end": sys.maxsize}
+    if start >= end:
+        return {"start": 0, "end": 0}
     before, _ = axes.cut(axis, start)
     first = sum(_int(local.size(p)) for p in before)
     return {"start": first, "end": first + _int(local.size(result[dim]))}
@@ -153,7 +157,7 @@ def local_split(argument: str) -> Any:
     def localize(call: Call, local: Local) -> dict[str, Any]:
         dim = call.dim(call.arguments["dim"], len(call.operand("self")))
         sizes = [_int(local.size(out[dim])) for out in call.outputs if out is not None]
-        return {argument: sizes if isinstance(call.arguments[argument], (list, tuple)) else sizes[0]}
+        return {argument: sizes}
 
     return localize
 
@@ -269,6 +273,7 @@ def index_put(call: Call) -> None:
     adjacent = given == list(range(given[0], given[-1] + 1))
     if adjacent and given[0] > 0 and len(values) > len(kept):
         call.freeze((*dims, *values), "an index between other dimensions")
+    call.freeze(values[: max(0, len(values) - len(kept))], "an index into the axis")
     for axis, value in zip(reversed(kept), reversed(values), strict=False):
         if value.find().size != 1:
             call.unify(axis, value)

@@ -49,12 +49,12 @@ ALONG = computed(structure.along())
 RESHAPE = computed(views.reshape, views.local_sizes("size"))
 SUM = computed(arithmetic.reduction)
 CONVOLUTION = computed(arithmetic.convolution, arithmetic.local_groups)
-SPLIT = computed(structure.split, structure.local_split("split_size"))
+SPLIT = computed(structure.split, structure.local_split("split_sizes"))
 
 RULES: dict[str, Rule] = {
     # products
     "aten.linear.default": row("* k+, n k+, n! -> * n"),
-    "aten.addmm.default": row("n!, m k+, k+ n -> m n"),
+    "aten.addmm.default": row("m n!, m k+, k+ n -> m n"),
     "aten.mm.default": row("m k+, k+ n -> m n"),
     "aten.mv.default": row("m k+, k+ -> m"),
     "aten.dot.default": row("k+, k+ ->"),
@@ -63,8 +63,8 @@ RULES: dict[str, Rule] = {
     "aten.matmul.default": computed(arithmetic.matmul),
     "aten.einsum.default": computed(arithmetic.einsum),
     "aten.scaled_dot_product_attention.default": computed(arithmetic.attention),
-    "aten._grouped_mm.default": row("t k+, e^ k+ n, e^ -> t n"),
-    "transformers.grouped_mm_fallback.default": row("t k+, e^ k+ n, e^ -> t n"),
+    "aten._grouped_mm.default": row("t^ k+, e^ k+ n, e^ -> t n"),
+    "transformers.grouped_mm_fallback.default": row("t^ k+, e^ k+ n, e^ -> t n"),
     "aten.conv1d.default": CONVOLUTION,
     "aten.conv2d.default": CONVOLUTION,
     # normalization
@@ -123,9 +123,9 @@ RULES: dict[str, Rule] = {
     "aten.t.default": computed(views.reverse),
     "aten.numpy_T.default": computed(views.reverse),
     "aten.unsqueeze.default": computed(views.unsqueeze),
-    "aten.squeeze.default": computed(views.squeeze),
-    "aten.squeeze.dim": computed(views.squeeze),
-    "aten.squeeze.dims": computed(views.squeeze),
+    "aten.squeeze.default": computed(views.squeeze, views.local_squeeze),
+    "aten.squeeze.dim": computed(views.squeeze, views.local_squeeze),
+    "aten.squeeze.dims": computed(views.squeeze, views.local_squeeze),
     "aten.expand.default": computed(views.expand, views.local_sizes("size")),
     "aten.expand_as.default": computed(arithmetic.shaped_as_other),
     "aten.broadcast_to.default": computed(views.expand, views.local_sizes("size")),
@@ -136,9 +136,9 @@ RULES: dict[str, Rule] = {
     "aten.select.int": computed(structure.select),
     "aten.unbind.int": computed(structure.unbind),
     "aten.split.Tensor": SPLIT,
-    "aten.split.sizes": SPLIT,
+    "aten.split.sizes": computed(structure.split, structure.local_split("split_size")),
     "aten.split_with_sizes.default": computed(structure.split, structure.local_split("split_sizes")),
-    "aten.chunk.default": computed(structure.split),
+    "aten.chunk.default": SPLIT,
     "aten.cat.default": computed(structure.cat),
     "aten.concat.default": computed(structure.cat),
     "aten.concatenate.default": computed(structure.cat),

@@ -127,6 +127,16 @@ def local_sizes(argument: str) -> Any:
     return localize
 
 
+def local_squeeze(call: Call, local: Local) -> dict[str, Any]:
+    """``squeeze``: the dimensions of one element in the model; on a rank others may be too."""
+    dims = call.operand("self")
+    chosen: Any = call.arguments.get("dim")
+    if chosen is None:
+        chosen = range(len(dims))
+    chosen = [call.dim(d, len(dims)) for d in ([chosen] if isinstance(chosen, int) else chosen)]
+    return {"dim": [d for d in chosen if dims[d].find().size == 1]}
+
+
 def local_unflatten(call: Call, local: Local) -> dict[str, Any]:
     """``unflatten``: the sizes of the new dimensions."""
     dims, sizes = call.outputs[0], call.arguments["sizes"]
