@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
@@ -54,6 +55,26 @@ class Assignment:
         """The degree over which some dimensions are split (1: whole)."""
         return max((c.degree for c in self.cuts_in(dims).values()), default=1)
 
+    def copies(self, dims: Iterable[Axis], degree: int) -> int | None:
+        """How many ranks hold each element; None where that differs between elements."""
+        pieces = 1
+        for axis in dims:
+            one = self.pieces(axis)
+            if one is None:
+                return None
+            pieces *= one
+        return degree // pieces
+
+    def pieces(self, axis: Axis) -> int | None:
+        """In how many pieces an axis is cut; None where its parts differ in that."""
+        axis = axis.find()
+        if axis in self.cuts:
+            return self.cuts[axis].parts
+        terms = [self.pieces(t) for t in axis.factors or axis.parts or ()]
+        if axis.factors is not None:
+            return None if None in terms else math.prod(t for t in terms if t is not None)
+        return 1 if not terms else terms[0] if len(set(terms)) == 1 else None
+
     def size(self, axis: Axis) -> Size:
         """Number of elements that a rank holds of an axis while computing."""
         axis = axis.find()
@@ -95,11 +116,8 @@ def _simplified(factors: tuple[Layout, ...]) -> Layout:
     for factor in factors:
         for f in factor.factors if isinstance(factor, Product) else (factor,):
             last = flat[-1] if flat else None
-            if (
-                isinstance(f, Leaf) and isinstance(last, Leaf)
-                and f.parts == last.parts == 1 and min(f.size, last.size) >= 0
-            ):  # fmt: skip
-                flat[-1] = Leaf(last.size * f.size)
+            if isinstance(f, Leaf) and isinstance(last, Leaf) and f.parts == last.parts == 1:
+                flat[-1] = Leaf(last.size * f.size if min(f.size, last.size) >= 0 else -1)
             else:
                 flat.append(f)
     return flat[0] if len(flat) == 1 else Product(tuple(flat))

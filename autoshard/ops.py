@@ -273,6 +273,8 @@ class _VocabEmbedding(torch.autograd.Function):
         learnt = inside if padding_idx < 0 else inside & (ids != padding_idx)
         ctx.save_for_backward(torch.where(learnt, local, -1))
         ctx.local_rows = weight.shape[0]
+        if not ctx.local_rows:
+            return weight.new_zeros(*ids.shape, weight.shape[1])
         return F.embedding(local, weight).masked_fill(~inside.unsqueeze(-1), 0)
 
     @staticmethod

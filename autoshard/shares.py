@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+from collections import Counter
+
 import torch
 from torch import Tensor
 
@@ -11,7 +14,8 @@ from autoshard.groups import Group
 
 def local_part(x: Tensor, dim: int, layout: str, group: Group) -> Tensor:
     """What this rank holds of the whole ``x`` along ``dim``, e.g. heads ``"12/2·64"``."""
-    return layouts.local_part(x, dim, layouts.parse(layout), group.coordinate)
+    # A view of the whole value must be possible of its part too.
+    return layouts.local_part(x, dim, layouts.parse(layout), group.coordinate).contiguous()
 
 
 def in_order(x: Tensor, dim: int, layout: str, degree: int) -> Tensor:
@@ -20,12 +24,43 @@ def in_order(x: Tensor, dim: int, layout: str, degree: int) -> Tensor:
 
 
 def pad_to(x: Tensor, dim: int, size: int) -> Tensor:
-    """Zeros behind ``x`` along ``dim`` up to ``size`` (rows of a vocabulary)."""
+    """Behind ``x`` along ``dim``, up to ``size``, copies of the last row (of a vocabulary).
+
+    A row of zeros could be divided by, and zero times infinity spoil a gradient.
+    """
     missing = size - x.shape[dim]
     if not missing:
         return x
-    padding = [0, 0] * (x.dim() - dim - 1) + [0, missing]
-    return torch.nn.functional.pad(x, padding)
+    shape = [*x.shape[:dim], missing, *x.shape[dim + 1 :]]
+    if not x.shape[dim]:
+        return torch.cat([x, x.new_ones(shape)], dim)
+    last = x.detach().narrow(dim, x.shape[dim] - 1, 1)
+    return torch.cat([x, last.expand(shape)], dim)
+
+
+def weighed(x: Tensor, dim: int, layout: str, group: Group) -> Tensor:
+    """Each element along ``dim`` times the number of pieces: ranks over those that hold it."""
+    tree = layouts.parse(layout)
+    held = Counter(i for r in range(group.degree) for i in layouts.indices(tree, r))
+    factors = [group.degree / held[i] for i in layouts.indices(tree, group.coordinate)]
+    weights = torch.tensor(factors, dtype=x.dtype, device=x.device)
+    return x * weights.view([-1 if d == dim else 1 for d in range(x.dim())])
+
+
+def joined(x: Tensor, dims: tuple[int, ...], texts: tuple[str, ...], degree: int) -> Tensor:
+    """The whole tensor from shares ``[degree, ...]`` that are cut along several dimensions."""
+    trees = [layouts.parse(text) for text in texts]
+    source: dict[tuple[int, ...], tuple[int, ...]] = {}
+    for rank in range(degree):
+        held = [layouts.indices(tree, rank) for tree in trees]
+        for places in itertools.product(*(enumerate(h) for h in held)):
+            source.setdefault(tuple(i for _, i in places), (rank, *(p for p, _ in places)))
+    sizes = [layouts.whole_size(tree) for tree in trees]
+    order = [source[place] for place in itertools.product(*map(range, sizes))]
+    index = torch.tensor(order, device=x.device).view(*sizes, -1).unbind(-1)
+    front = list(range(1, len(dims) + 1))
+    y = x.movedim([d + 1 for d in dims], front)[index]
+    return y.movedim(list(range(len(dims))), list(dims))
 
 
 def own_rows(x: Tensor, dim: int, group: Group, rows: int, size: int) -> Tensor:

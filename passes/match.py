@@ -135,11 +135,11 @@ class _Uses:
             summed = {a for axis in call.summed for a in atoms_of(axis) if a in usable}
             self.unpaddable |= summed
             looked_up = {a for a in atoms_of(call.lookup) if a in usable} if call.lookup else set()
-            if looked_up and ("indices", None) in call.operands:
-                if call.lookup is not None and not call.lookup.find().is_atom:
-                    freeze(call.lookup, "a lookup along a composed axis")
-                    for atom in looked_up:
-                        self.usable.pop(atom, None)
+            if looked_up and call.lookup is not None and not call.lookup.find().is_atom:
+                freeze(call.lookup, "a lookup along a composed axis")
+                for atom in looked_up:
+                    self.usable.pop(atom, None)
+            elif looked_up and ("indices", None) in call.operands:
                 for atom in looked_up:
                     self.lookups[atom] = node
                 summed |= looked_up

@@ -43,21 +43,22 @@ from autoshard.sharded import Sharded, SplitOutput
 aten = torch.ops.aten
 
 # The operator without its bias, which is added once after the reduction.
-# Operators whose parts differ on a rank have one general form there.
-GENERAL: dict[Any, Any] = {
-    aten.split.Tensor: aten.split_with_sizes.default,
-    aten.split.sizes: aten.split_with_sizes.default,
-    aten.chunk.default: aten.split_with_sizes.default,
-    aten.squeeze.default: aten.squeeze.dims,
-    aten.squeeze.dim: aten.squeeze.dims,
-}
-
 UNBIASED: dict[Any, tuple[Any, str]] = {
     aten.linear.default: (aten.linear.default, "bias"),
     aten.addmm.default: (aten.mm.default, "self"),
     aten.baddbmm.default: (aten.bmm.default, "self"),
     aten.conv1d.default: (aten.conv1d.default, "bias"),
     aten.conv2d.default: (aten.conv2d.default, "bias"),
+}
+
+CONVOLUTIONS = {aten.conv1d.default: 1, aten.conv2d.default: 2}
+
+# The operator that says in full what the local one must do.
+WITH_LOCAL_SIZES: dict[Any, Any] = {
+    aten.chunk.default: aten.split_with_sizes.default,
+    aten.split.Tensor: aten.split_with_sizes.default,
+    aten.squeeze.default: aten.squeeze.dims,
+    aten.squeeze.dim: aten.squeeze.dims,
 }
 
 
@@ -162,6 +163,8 @@ class _Sharder:
         rule = rule_for(node.target)
         if rule is not None and rule.localize is not None:
             arguments.update(rule.localize(call, _Local(self, node)))
+        if summed:
+            self._weigh(call, arguments, degree, group)
         result = self._emit(node, call, arguments, group, bool(summed))
         if summed:
             kept = self.assignment.cuts_in(call.outputs[0] or ())
@@ -172,6 +175,25 @@ class _Sharder:
             return
         self.env[node] = result
         self.inside[node] = degree
+
+    def _weigh(self, call: Call, arguments: dict[str, Any], degree: int, group: fx.Node) -> None:
+        """Where ranks hold some elements of a summed axis more often than others: one operand times
+        the number of pieces that the element's part is cut in."""
+        for axis in call.summed:
+            if self.assignment.pieces(axis) is not None:
+                continue
+            for (name, index), dims in call.operands.items():
+                found = [d for d, a in enumerate(dims) if a.find() is axis.find()]
+                if not found or (name, index) in call.added_once:
+                    continue
+                value = arguments[name] if index is None else arguments[name][index]
+                args = (value, found[0], str(self.assignment.layout(axis)), group)
+                new = self._create(call.node, "weighed", shares.weighed, args)
+                if index is None:
+                    arguments[name] = new
+                else:
+                    arguments[name][index] = new
+                break
 
     def _operands(self, node: fx.Node, call: Call, degree: int, summed: bool) -> dict[str, Any]:
         arguments: dict[str, Any] = {}
@@ -201,6 +223,7 @@ class _Sharder:
                     f"region of degree {degree}"
                 )
             lookup = call.lookup is not None and ("indices", None) in call.operands
+            lookup = lookup and bool(self.assignment.cuts_in([call.lookup]))
             return self.env[value] if lookup else self._padded(value, dims)
         return self._enter(value, dims, degree)
 
@@ -223,12 +246,15 @@ class _Sharder:
             key = ("part", result, dim, layout)
             if key not in self.entered:
                 args = (result, dim, str(layout), group)
-                part = self._create(value, "part", shares.local_part, args)
-                cut = self.assignment.cuts.get(axis.find())
-                if cut is not None and cut.padded * cut.parts != axis.find().size:
-                    part = self._create(value, "pad", shares.pad_to, (part, dim, cut.padded))
-                self.entered[key] = part
+                self.entered[key] = self._create(value, "part", shares.local_part, args)
             result = self.entered[key]
+            cut = self.assignment.cuts.get(axis.find())
+            if cut is not None and cut.padded * cut.parts != axis.find().size:
+                key = ("pad", result, dim, cut.padded)
+                if key not in self.entered:
+                    args = (result, dim, cut.padded)
+                    self.entered[key] = self._create(value, "pad", shares.pad_to, args)
+                result = self.entered[key]
         return result
 
     def _padded(self, value: fx.Node, dims: tuple[Axis, ...]) -> fx.Node:
@@ -250,17 +276,22 @@ class _Sharder:
     def _emit(
         self, node: fx.Node, call: Call, arguments: dict[str, Any], group: fx.Node, summed: bool
     ) -> fx.Node:
-        target: Any = GENERAL.get(node.target, node.target)
+        target: Any = node.target
         if summed and call.added_once:
             target, bias = UNBIASED[node.target]
             arguments = {**arguments}
             self._bias = arguments.pop(bias)
+            if node.target in CONVOLUTIONS:  # [channels] beside [.., channels, length]
+                shape = [-1] + [1] * CONVOLUTIONS[node.target]
+                self._bias = self._create(node, "bias", aten.reshape.default, (self._bias, shape))
             arguments.pop("beta", None), arguments.pop("alpha", None)
+        target = WITH_LOCAL_SIZES.get(target, target)
         args, kwargs = _positional(target, arguments)
         if _is_random(node):
             missing = set(self.assignment.cuts_in(d for o in call.operands.values() for d in o))
             here = self.assignment.cuts_in(call.outputs[0] or ())
-            if math.prod(c.parts for c in here.values()) != max(c.degree for c in here.values()):
+            dims = call.outputs[0] or ()
+            if here and self.assignment.copies(dims, self.assignment.degree(dims)) != 1:
                 raise PlanError(f"{where(node)} draws random numbers for shared heads: {missing}")
             return self._random(node, group, target, args, kwargs)
         new = self.new.create_node("call_function", target, args, kwargs, name=node.name)
@@ -280,14 +311,19 @@ class _Sharder:
         self, node: fx.Node, call: Call, result: fx.Node, arguments: dict[str, Any],
         group: fx.Node, summed: Mapping[Axis, Any], degree: int,
     ) -> fx.Node:  # fmt: skip
-        pieces = math.prod(c.parts for c in summed.values())
-        # Ranks that hold the same piece all add it; a mean of pieces is a mean of their means.
-        repeated = degree if call.averaged else degree // pieces
+        # Ranks that hold the same piece all add it. A mean divides by the local size.
+        pieces = [self.assignment.pieces(axis) for axis in call.summed]
+        factor = math.prod(p for p in pieces if p is not None) / degree
+        if call.averaged:
+            for axis in call.summed:
+                axis = axis.find()
+                if self.assignment.cuts_in([axis]):
+                    factor *= self.assignment.size(axis) / axis.size
         alpha, beta = arguments.get("alpha", 1), arguments.get("beta", 1)
         if call.added_once and alpha != 1:
             result = self._create(node, "scale", aten.mul.Tensor, (result, alpha))
-        if repeated != 1:
-            result = self._create(node, "scale", aten.mul.Tensor, (result, 1.0 / repeated))
+        if factor != 1:
+            result = self._create(node, "scale", aten.mul.Tensor, (result, factor))
         result = self._create(node, "reduce", ops.reduce, (result, group))
         if call.added_once:
             kwargs = {} if beta == 1 else {"alpha": beta}
@@ -310,6 +346,7 @@ class _Sharder:
             arguments["self"], arguments["target"], group, vocab.size, cut.rows,
             arguments["weight"], arguments["reduction"], arguments["ignore_index"],
             arguments["label_smoothing"],
+            *([0] if len(call.operands["self", None]) == 1 else []),
         )  # fmt: skip
         self.env[node] = self._create(node, "", ops.vocab_cross_entropy, args)
 
@@ -354,6 +391,12 @@ class _Sharder:
                 return result, SplitOutput(dim, axis.size, degree)
         if not split:
             result = self._create(value, "leave", ops.leave, (result, group))
+        if len(split) > 1:
+            texts = tuple(str(self.assignment.layout(dims[d])) for d in split)
+            result = self._create(value, "new", aten.unsqueeze.default, (result, 0))
+            result = self._create(value, "gather", ops.gather, (result, 0, group))
+            args = (result, tuple(split), texts, degree)
+            return self._create(value, "join", shares.joined, args), None
         for dim in split:
             axis = dims[dim].find()
             cut = self.assignment.cuts.get(axis)
@@ -410,7 +453,7 @@ class _Local:
 def _positional(target: Any, arguments: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Arguments by name as a call: positional where the schema has them so, defaults left out."""
     names = list(target._schema.arguments)
-    given = {n: v for n, v in arguments.items() if n not in ("split_size", "chunks")}
+    given = dict(arguments)
     if target in (aten.mm.default, aten.bmm.default) and "mat1" in given:
         given = {"self": given["mat1"], "mat2": given["mat2"]}
     if target is aten.bmm.default and "batch1" in given:
@@ -418,11 +461,9 @@ def _positional(target: Any, arguments: dict[str, Any]) -> tuple[tuple[Any, ...]
     args: list[Any] = []
     kwargs: dict[str, Any] = {}
     for spec in names:
-        if spec.name not in given:
-            if spec.has_default_value() and not spec.kwarg_only:
-                args.append(spec.default_value)  # keeps the place of what follows
+        if spec.name not in given and not spec.has_default_value():
             continue
-        value = given[spec.name]
+        value = given.get(spec.name, spec.default_value)
         if spec.kwarg_only:
             if value is not None and not (spec.has_default_value() and _same(value, spec)):
                 kwargs[spec.name] = value

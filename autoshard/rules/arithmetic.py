@@ -12,7 +12,9 @@ from autoshard.rules.views import frozen
 
 def pointwise(call: Call) -> None:
     """Every operand broadcast against the others; each axis passes."""
-    call.outputs = [call.broadcast([call.operand(*s) for s in call.tensors()], call.shape())]
+    value = call.node.meta["val"]
+    dims = call.broadcast([call.operand(*s) for s in call.tensors()], call.shape())
+    call.outputs = [dims] * (len(value) if isinstance(value, (list, tuple)) else 1)
 
 
 def like_first(call: Call) -> None:
@@ -85,8 +87,6 @@ def attention(call: Call) -> None:
     """
     q, k, v = (call.operand(n) for n in ("query", "key", "value"))
     call.freeze((q[-1], k[-1], v[-1], k[-2], v[-2]), "inside the attention kernel")
-    if call.arguments.get("is_causal"):
-        call.freeze((q[-2],), "a causal mask counts positions along the axis")
     if len(q) > 2 and call.arguments.get("enable_gqa"):
         group = axes.ratio(q[-3].find().size, k[-3].find().size)
         call.unify(k[-3], v[-3])
@@ -164,7 +164,7 @@ def convolution(call: Call) -> None:
     elif channels.find().size == weight[0].find().size == groups:
         call.unify(channels, weight[0])
     else:
-        call.freeze((channels, weight[0]), "a grouped convolution")
+        call.freeze((channels, *weight[:2]), "a grouped convolution")
     if call.given("bias"):
         call.unify(call.operand("bias")[0], weight[0])
     result = (*x[: len(x) - rank - 1], weight[0], *new)

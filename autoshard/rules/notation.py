@@ -86,7 +86,7 @@ def apply_row(row: Row, call: Call) -> None:
             call.added_once.append(slot)
         count = len(pattern.letters)
         if count and len(dims) < count and not pattern.added_once:
-            frozen(call)
+            frozen(call)  # a vector where the row has a matrix
             return
         named = dims[max(0, len(dims) - count) :] if count else ()
         if pattern.leading:

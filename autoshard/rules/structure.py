@@ -65,8 +65,10 @@ def _every(call: Call, axis: Axis, start: int, step: int, result: axes.Size) -> 
         if start >= step:
             raise axes.AxisMismatch("a strided slice with an offset")
         outer = axes.ratio(axis.find().size, step)
-        if outer is None or not axes.same_size(outer, result):
+        if outer is None:
             raise axes.AxisMismatch("a strided slice of a length that the stride does not divide")
+        if not axes.same_size(outer, result):
+            raise axes.AxisMismatch("a strided slice of a part of the axis")
         first, second = axes.divide_product(axis, outer)
         call.freeze((second,), "a strided slice")
         return first
@@ -96,13 +98,15 @@ def local_slice(call: Call, local: Local) -> dict[str, Any]:
     dim = call.dim(call.arguments["dim"], len(dims))
     axis = dims[dim]
     size = axis.find().size
-    start, _end, step = slice_bounds(call, size)
+    start, end, step = slice_bounds(call, size)
     if local.size(axis) == size:
         return {}
     if axes.same_size(size, result[dim].find().size):
         return {"start": 0, "end": sys.maxsize}
     if step != 1:
         return {"start": start, "end": sys.maxsize}
+    if start >= end:
+        return {"start": 0, "end": 0}
     before, _ = axes.cut(axis, start)
     first = sum(_int(local.size(p)) for p in before)
     return {"start": first, "end": first + _int(local.size(result[dim]))}
@@ -147,11 +151,15 @@ def split(call: Call) -> None:
     call.outputs = [(*dims[:dim], piece, *dims[dim + 1 :]) for piece in pieces]
 
 
-def local_split(call: Call, local: Local) -> dict[str, Any]:
-    """Any split on a rank is one by sizes: the parts may be cut differently."""
-    dim = call.dim(call.arguments["dim"], len(call.operand("self")))
-    sizes = [_int(local.size(out[dim])) for out in call.outputs if out is not None]
-    return {"split_sizes": sizes}
+def local_split(argument: str) -> Any:
+    """Localization of a split by sizes."""
+
+    def localize(call: Call, local: Local) -> dict[str, Any]:
+        dim = call.dim(call.arguments["dim"], len(call.operand("self")))
+        sizes = [_int(local.size(out[dim])) for out in call.outputs if out is not None]
+        return {argument: sizes}
+
+    return localize
 
 
 def cat(call: Call) -> None:
@@ -265,6 +273,7 @@ def index_put(call: Call) -> None:
     adjacent = given == list(range(given[0], given[-1] + 1))
     if adjacent and given[0] > 0 and len(values) > len(kept):
         call.freeze((*dims, *values), "an index between other dimensions")
+    call.freeze(values[: max(0, len(values) - len(kept))], "an index into the axis")
     for axis, value in zip(reversed(kept), reversed(values), strict=False):
         if value.find().size != 1:
             call.unify(axis, value)

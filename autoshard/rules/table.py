@@ -49,7 +49,7 @@ ALONG = computed(structure.along())
 RESHAPE = computed(views.reshape, views.local_sizes("size"))
 SUM = computed(arithmetic.reduction)
 CONVOLUTION = computed(arithmetic.convolution, arithmetic.local_groups)
-SPLIT = computed(structure.split, structure.local_split)
+SPLIT = computed(structure.split, structure.local_split("split_sizes"))
 
 RULES: dict[str, Rule] = {
     # products
@@ -136,8 +136,8 @@ RULES: dict[str, Rule] = {
     "aten.select.int": computed(structure.select),
     "aten.unbind.int": computed(structure.unbind),
     "aten.split.Tensor": SPLIT,
-    "aten.split.sizes": SPLIT,
-    "aten.split_with_sizes.default": computed(structure.split, structure.local_split),
+    "aten.split.sizes": computed(structure.split, structure.local_split("split_size")),
+    "aten.split_with_sizes.default": computed(structure.split, structure.local_split("split_sizes")),
     "aten.chunk.default": SPLIT,
     "aten.cat.default": computed(structure.cat),
     "aten.concat.default": computed(structure.cat),

@@ -70,16 +70,6 @@ def squeeze(call: Call) -> None:
     call.outputs = [tuple(a for i, a in enumerate(dims) if i not in drop or a.find().size != 1)]
 
 
-def local_squeeze(call: Call, local: Local) -> dict[str, Any]:
-    """What is squeezed by name: a split axis may have one element on a rank, and must stay."""
-    dims = call.operand("self")
-    chosen: Any = call.arguments.get("dim")
-    if chosen is None:
-        chosen = range(len(dims))
-    drop = {call.dim(d, len(dims)) for d in ([chosen] if isinstance(chosen, int) else chosen)}
-    return {"dim": [d for d in sorted(drop) if dims[d].find().size == 1]}
-
-
 def expand(call: Call) -> None:
     """Dimensions of one element become new axes; the others stay."""
     call.outputs = [call.broadcast([call.operand("self")], call.shape())]
@@ -135,6 +125,16 @@ def local_sizes(argument: str) -> Any:
         return {argument: [local.size_argument(s, a) for s, a in zip(sizes, dims, strict=True)]}
 
     return localize
+
+
+def local_squeeze(call: Call, local: Local) -> dict[str, Any]:
+    """``squeeze``: the dimensions of one element in the model; on a rank others may be too."""
+    dims = call.operand("self")
+    chosen: Any = call.arguments.get("dim")
+    if chosen is None:
+        chosen = range(len(dims))
+    chosen = [call.dim(d, len(dims)) for d in ([chosen] if isinstance(chosen, int) else chosen)]
+    return {"dim": [d for d in chosen if dims[d].find().size == 1]}
 
 
 def local_unflatten(call: Call, local: Local) -> dict[str, Any]:
