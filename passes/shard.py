@@ -222,8 +222,8 @@ class _Sharder:
                     f"{where(call.node)} meets {value} of degree {self.inside[value]} inside a "
                     f"region of degree {degree}"
                 )
-            lookup = call.lookup is not None and ("indices", None) in call.operands
-            lookup = lookup and bool(self.assignment.cuts_in([call.lookup]))
+            vocabulary = call.lookup if ("indices", None) in call.operands else None
+            lookup = vocabulary is not None and bool(self.assignment.cuts_in([vocabulary]))
             return self.env[value] if lookup else self._padded(value, dims)
         return self._enter(value, dims, degree)
 
@@ -245,8 +245,8 @@ class _Sharder:
                 continue
             key = ("part", result, dim, layout)
             if key not in self.entered:
-                args = (result, dim, str(layout), group)
-                self.entered[key] = self._create(value, "part", shares.local_part, args)
+                part = (result, dim, str(layout), group)
+                self.entered[key] = self._create(value, "part", shares.local_part, part)
             result = self.entered[key]
             cut = self.assignment.cuts.get(axis.find())
             if cut is not None and cut.padded * cut.parts != axis.find().size:

@@ -87,6 +87,8 @@ def attention(call: Call) -> None:
     """
     q, k, v = (call.operand(n) for n in ("query", "key", "value"))
     call.freeze((q[-1], k[-1], v[-1], k[-2], v[-2]), "inside the attention kernel")
+    if call.arguments.get("is_causal"):
+        call.freeze((q[-2],), "a causal mask counts positions along the axis")
     if len(q) > 2 and call.arguments.get("enable_gqa"):
         group = axes.ratio(q[-3].find().size, k[-3].find().size)
         call.unify(k[-3], v[-3])
