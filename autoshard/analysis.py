@@ -45,6 +45,15 @@ class Axes:
     inputs: frozenset[fx.Node] = frozenset()
 
 
+def weights_of(axes: Axes) -> set[fx.Node]:
+    """Parameters, and what is computed from parameters alone (a transposed weight)."""
+    found = set(axes.parameters)
+    for node in axes.calls:
+        if all(n in found for n in node.all_input_nodes):
+            found.add(node)
+    return found
+
+
 @dataclass(frozen=True, eq=False)
 class Split:
     """Axes that are cut together, the first outermost: ``heads``, or ``kv_heads`` and ``group``."""

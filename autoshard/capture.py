@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import inspect
 import io
 import logging
@@ -91,16 +92,15 @@ def capture(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     # One tensor given twice (labels = input_ids) would become one input.
     args, kwargs = pytree.tree_map_only(Tensor, torch.clone, (args, kwargs))
     shapes = pytree.tree_map(_symbolic, (args, kwargs))
-    signature_shapes = _by_name(model, shapes)
-    with _quiet(), without_modes(), noticed() as functions:
+    with _named_arguments(model, kwargs), _quiet(), without_modes(), noticed() as functions:
         try:
             program = torch.export.export(
-                model, args, kwargs, dynamic_shapes=signature_shapes, strict=False
+                model, args, kwargs, dynamic_shapes=_by_name(model, shapes), strict=False
             )
         except Exception as error:
             try:
                 program = torch.export.export(
-                    model, args, kwargs, dynamic_shapes=signature_shapes, strict=True
+                    model, args, kwargs, dynamic_shapes=_by_name(model, shapes), strict=True
                 )
             except Exception:
                 raise CaptureError(_explain(error)) from error
@@ -151,12 +151,38 @@ def _by_name(model: nn.Module, shapes: tuple[Any, Any]) -> Any:
     if len(args) > len(positional):
         variadic = next(p.name for p in names if p.kind is p.VAR_POSITIONAL)
         result[variadic] = tuple(args[len(positional) :])
-    known = {p.name for p in names if p.kind is not p.VAR_KEYWORD}
-    extra = {k: v for k, v in kwargs.items() if k not in known}
-    result.update({k: v for k, v in kwargs.items() if k in known})
-    if extra:
-        result[next(p.name for p in names if p.kind is p.VAR_KEYWORD)] = extra
-    return result
+    return result | kwargs
+
+
+@contextlib.contextmanager
+def _named_arguments(model: nn.Module, kwargs: dict[str, Any]) -> Iterator[None]:
+    """Give what ``forward(**kwargs)`` takes names of its own.
+
+    ``torch.export`` (2.11 to 2.13) counts an argument that only ``**kwargs`` takes twice.
+    """
+    forward = model.forward
+    parameters = list(inspect.signature(forward).parameters.values())
+    named = [p for p in parameters if p.kind is not p.VAR_KEYWORD]
+    extra = [k for k in kwargs if k not in {p.name for p in named}]
+    if not extra:
+        yield
+        return
+
+    @functools.wraps(forward)
+    def renamed(*args: Any, **kwargs: Any) -> Any:
+        return forward(*args, **kwargs)
+
+    keywords = [inspect.Parameter(k, inspect.Parameter.KEYWORD_ONLY) for k in extra]
+    renamed.__signature__ = inspect.Signature([*named, *keywords])  # type: ignore[attr-defined]
+    own = "forward" in model.__dict__
+    model.forward = renamed
+    try:
+        yield
+    finally:
+        if own:
+            model.forward = forward
+        else:
+            del model.__dict__["forward"]
 
 
 def _explain(error: Exception) -> str:

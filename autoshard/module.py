@@ -314,7 +314,7 @@ def _holds(compiled: Compiled, flat: list[Any]) -> bool:
 
 
 def _kind(leaf: Any) -> Any:
-    return (leaf.dtype, leaf.dim()) if isinstance(leaf, Tensor) else leaf
+    return (leaf.dtype, leaf.dim()) if isinstance(leaf, Tensor) else (type(leaf), leaf)
 
 
 def _in_words(stored: Stored | None) -> str:

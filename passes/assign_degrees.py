@@ -10,14 +10,16 @@ import hashlib
 import math
 import operator
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from functools import partial
 
 from torch import fx
 
-from autoshard.analysis import Analysis, Candidate, Found
+from autoshard.analysis import Analysis, Candidate, Found, weights_of
 from autoshard.assignment import Assignment, stored_dim
 from autoshard.axes import Axis, atoms_of
 from autoshard.errors import PlanError
+from autoshard.flow import LOSS, Flow, flow
 from autoshard.layouts import share_size
 from autoshard.plans import ParameterShare, Plan, Region, Whole
 from autoshard.rules.call import module_path
@@ -53,7 +55,7 @@ def assign_degrees(analysis: Analysis, tp: int, request: Request) -> tuple[Plan,
             _cut(assignment, candidate, degree)
     plan = Plan(
         tp=tp,
-        regions=_regions(analysis, tp, degrees, request),
+        regions=_regions(analysis, assignment, tp, degrees, request),
         parameters=_parameters(analysis, assignment),
         replicated=_replicated(analysis, assignment),
         unknown=tuple(dict.fromkeys(analysis.axes.unknown)),
@@ -105,14 +107,35 @@ def _cut(assignment: Assignment, candidate: Candidate, degree: int) -> None:
                 assignment.cut(atom, degree, count, stride, split.paddable)
 
 
-def _regions(analysis: Analysis, tp: int, degrees: list[int], request: Request) -> tuple[Region, ...]:
+def _regions(
+    analysis: Analysis, assignment: Assignment, tp: int, degrees: list[int], request: Request
+) -> tuple[Region, ...]:
     order = {node: i for i, node in enumerate(analysis.graph.nodes)}
+    collectives = _collectives(analysis, flow(analysis.graph, analysis.axes, assignment))
     found: list[tuple[int, Region]] = []
     for candidate, degree in zip(analysis.candidates, degrees, strict=True):
         for region in candidate.regions:
             described = _describe(analysis, candidate, region, degree, tp, request)
+            described = replace(described, collectives=tuple(collectives[region.name]))
             found.append((order[region.calls[0]], described))
     return tuple(region for _, region in sorted(found, key=lambda pair: pair[0]))
+
+
+def _collectives(analysis: Analysis, found: Flow) -> dict[str, list[str]]:
+    """One line per collective, under the region whose call needs it first."""
+    regions = [r for c in analysis.candidates for r in c.regions]
+    owner = {node: region.name for region in regions for node in region.calls}
+    for node in found.degree:  # what stays inside without a split axis belongs to what it reads
+        if node not in owner:
+            sources = [s for n in node.all_input_nodes for s in (n, *n.all_input_nodes)]
+            owner[node] = next(owner[n] for n in sources if n in owner)
+    lines: dict[str, list[str]] = {r.name: [] for r in regions}
+    for (value, _), call in found.copied.items():
+        lines[owner[call]].append(f"backward all-reduce of the gradient of {value.name}")
+    for call, why in found.reduced.items():
+        scalars = f"forward all-reduce of per-token scalars, twice ({call.name})"
+        lines[owner[call]].append(scalars if why == LOSS else f"forward all-reduce of {call.name}")
+    return lines
 
 
 def _describe(
@@ -122,25 +145,16 @@ def _describe(
     members = set(region.calls)
     parameters: dict[str, None] = {}
     inputs: dict[str, None] = {}
-    collectives: list[str] = []
     for node in region.calls:
         call = axes.calls[node]
-        summed = {a for axis in call.summed for a in atoms_of(axis)} & candidate.atoms
-        lookup = call.lookup is not None and bool(set(atoms_of(call.lookup)) & candidate.atoms)
         for slot, dims in call.operands.items():
             operand = call.tensor(*slot)
             touched = any(a in candidate.atoms for axis in dims for a in atoms_of(axis))
-            if operand.name in analysis.names:
-                if touched:
-                    parameters[analysis.names[operand.name]] = None
+            if touched and operand.name in analysis.names:
+                parameters[analysis.names[operand.name]] = None
             if not touched and operand not in members and slot not in call.added_once:
-                if operand in axes.differentiable and operand.name not in inputs:
+                if operand in axes.differentiable:
                     inputs[operand.name] = None
-                    collectives.append(f"backward all-reduce of the gradient of {operand.name}")
-        if lookup and ("indices", None) not in call.operands:
-            collectives.append(f"forward all-reduce of per-token scalars, twice ({node.name})")
-        elif summed or lookup:
-            collectives.append(f"forward all-reduce of {node.name}")
     outputs = [
         n.name for n in region.calls if any(u not in members for u in _readers(n)) or not n.users
     ]
@@ -168,7 +182,7 @@ def _describe(
         nodes=tuple(n.name for n in region.calls),
         inputs=tuple(inputs),
         outputs=tuple(outputs),
-        collectives=tuple(collectives) if degree > 1 else (),
+        collectives=(),
         tied=tuple(r.name for r in candidate.regions if r is not region),
         flops=sum(hints(axes.calls[n].flops) for n in region.calls),
         reason=reason,
@@ -194,7 +208,7 @@ def _parameters(analysis: Analysis, assignment: Assignment) -> tuple[ParameterSh
         if dims is None or dim is None:
             reason = "" if dims is not None else "not used in the forward"
             if dims is not None:
-                reason = _why_whole(dims, assignment)
+                reason = _why_whole(dims, analysis, assignment)
             found.append(ParameterShare(name, shape, None, 1, "", numel, 0, reason))
             continue
         layout = assignment.layout(dims[dim])
@@ -209,25 +223,34 @@ def _parameters(analysis: Analysis, assignment: Assignment) -> tuple[ParameterSh
     return tuple(found)
 
 
-def _why_whole(dims: tuple[Axis, ...], assignment: Assignment) -> str:
+def _why_whole(dims: tuple[Axis, ...], analysis: Analysis, assignment: Assignment) -> str:
     if assignment.cuts_in(dims):
         return "fewer heads than ranks: whole on every rank, each uses its own rows"
+    atoms = {a for axis in dims for a in atoms_of(axis)}
+    for candidate in analysis.candidates:
+        if candidate.atoms & atoms:
+            return f"its region {candidate.regions[0].name} has degree 1"
     reasons = [a.frozen for axis in dims for a in atoms_of(axis) if a.frozen]
     return reasons[0] if reasons else "no region splits it"
 
 
 def _replicated(analysis: Analysis, assignment: Assignment) -> tuple[Whole, ...]:
-    hints = analysis.hints
+    hints, axes = analysis.hints, analysis.axes
+    weights = weights_of(axes)
     found = []
-    for node, call in analysis.axes.calls.items():
+    for node, call in axes.calls.items():
         if not call.flops:
             continue
         every = [dims for dims in (*call.operands.values(), *call.outputs) if dims]
         if any(assignment.cuts_in(dims) for dims in every):
             continue
-        atoms = [a for dims in every for axis in dims for a in atoms_of(axis)]
-        reasons = dict.fromkeys(a.frozen for a in atoms if a.frozen and a.frozen.find("input") < 0)
-        reason = "; ".join(list(reasons)[:2]) or "its regions have degree 1"
+        # Batch and sequence are no axes to split here: a weight's own axes say why it is whole.
+        of_weights = [dims for slot, dims in call.operands.items() if call.tensor(*slot) in weights]
+        atoms = tuple(
+            a for dims in of_weights or every for axis in dims for a in atoms_of(axis)
+            if of_weights or isinstance(a.size, int)
+        )  # fmt: skip
+        reason = _why_whole(atoms, analysis, assignment)
         name = f"{node.name} in {module_path(node) or 'the model'}"
         found.append(Whole(name, hints(call.flops), reason))
     return tuple(sorted(found, key=lambda w: -w.flops))

@@ -20,7 +20,7 @@ from typing import Any
 import networkx as nx
 from torch import fx
 
-from autoshard.analysis import Axes, Candidate, Found, Hints, Split
+from autoshard.analysis import Axes, Candidate, Found, Hints, Split, weights_of
 from autoshard.axes import Axis, atoms_of, factors_of, freeze, parts_of
 from autoshard.rules import Call
 from autoshard.rules.call import Dims, module_path
@@ -289,7 +289,7 @@ def _tie(chosen: list[Candidate], uses: _Uses) -> list[Candidate]:
 
 def _find_regions(graph: fx.Graph, axes: Axes, uses: _Uses, candidates: list[Candidate]) -> None:
     order = {node: i for i, node in enumerate(graph.nodes)}
-    weights = _weights(axes)
+    weights = weights_of(axes)
     for candidate in candidates:
         for calls in _components(candidate, axes):
             kind = _kind(calls, candidate, axes, weights)
@@ -373,15 +373,6 @@ def _kind(calls: list[fx.Node], candidate: Candidate, axes: Axes, weights: set[f
         a for n in matmuls for axis in axes.calls[n].summed for a in atoms_of(axis)
     } & candidate.atoms
     return "mlp" if sums else "loss"
-
-
-def _weights(axes: Axes) -> set[fx.Node]:
-    """Parameters, and what is computed from parameters alone (a transposed weight)."""
-    found = set(axes.parameters)
-    for node in axes.calls:
-        if all(n in found for n in node.all_input_nodes):
-            found.add(node)
-    return found
 
 
 def _common_path(calls: list[fx.Node], axes: Axes) -> str:

@@ -36,6 +36,7 @@ from autoshard.analysis import Axes
 from autoshard.assignment import Assignment, stored_dim
 from autoshard.axes import Axis, Size, atoms_of
 from autoshard.errors import PlanError
+from autoshard.flow import LOOKUP, LOSS, flow
 from autoshard.layouts import Layout, is_contiguous, is_split
 from autoshard.rules import Call, rule_for, where
 from autoshard.sharded import Sharded, SplitOutput
@@ -84,7 +85,8 @@ class _Sharder:
         self.keep_split = keep_split
         self.new = fx.Graph()
         self.env: dict[fx.Node, fx.Node] = {}
-        self.inside: dict[fx.Node, int] = {}  # old node -> degree, where it is inside a group
+        self.flow = flow(graph, axes, assignment)
+        self.inside = self.flow.inside
         self.stored: dict[str, tuple[int, Layout, int]] = {}
         self.groups: dict[int, fx.Node] = {}
         self.entered: dict[tuple[Any, ...], fx.Node] = {}
@@ -106,7 +108,6 @@ class _Sharder:
                 self._call(node, self.axes.calls[node])
             elif node.target is operator.getitem and node.args[0] in self.inside:
                 self.env[node] = self._copied(node)
-                self.inside[node] = self.inside[node.args[0]]
             elif node.target is aten.sym_size.int and node.args[0] in self.inside:
                 self._global_size(node)
             else:
@@ -129,7 +130,6 @@ class _Sharder:
         if dim is not None:
             degree = self.assignment.degree(dims)
             self.stored[str(node.target)] = (dim, self.assignment.layout(dims[dim]), degree)
-            self.inside[node] = degree
 
     def _whole(self, node: fx.Node) -> fx.Node:
         """The node as it was, on whole operands."""
@@ -146,18 +146,14 @@ class _Sharder:
         return new
 
     def _call(self, node: fx.Node, call: Call) -> None:
-        every = [*call.operands.values(), *(d for d in call.outputs if d is not None)]
-        degree = max((self.assignment.degree(dims) for dims in every), default=1)
-        # A value inside a group may hold no split axis (one key head for all queries): its gradient
-        # is a partial sum all the same, so what is computed from it stays inside.
-        degree = max([degree, *(self.inside.get(n, 1) for n in node.all_input_nodes)])
+        degree = self.flow.degree.get(node, 1)
         if degree == 1:
             self.env[node] = self._whole(node)
             return
         summed = self.assignment.cuts_in(call.summed)
         arguments = self._operands(node, call, degree, bool(summed))
         group = self.groups[degree]
-        if call.lookup is not None and self.assignment.cuts_in([call.lookup]):
+        if self.flow.reduced.get(node) in (LOOKUP, LOSS):
             self._lookup(node, call, arguments, group)
             return
         rule = rule_for(node.target)
@@ -171,10 +167,7 @@ class _Sharder:
             if kept:
                 raise PlanError(f"{where(node)} sums one split axis and keeps another")
             result = self._reduced(node, call, result, arguments, group, summed, degree)
-            self.env[node] = result
-            return
         self.env[node] = result
-        self.inside[node] = degree
 
     def _weigh(self, call: Call, arguments: dict[str, Any], degree: int, group: fx.Node) -> None:
         """Where ranks hold some elements of a summed axis more often than others: one operand times

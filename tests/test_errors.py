@@ -316,6 +316,45 @@ def test_a_backward_that_is_the_derivative_is_accepted(function: Any, how: str) 
     assert report.plan.sharded_fraction == 1.0
 
 
+# Hooks on gradients
+
+
+def _in_forward() -> nn.Module:
+    def halved(x: Tensor) -> Tensor:
+        if x.requires_grad:
+            x.register_hook(lambda grad: grad / 2)
+        return F.gelu(x)
+
+    return MLP(halved)
+
+
+def _on_module() -> nn.Module:
+    model = MLP()
+    model.up.register_full_backward_hook(lambda module, grads, _: grads)
+    return model
+
+
+def _on_parameter() -> nn.Module:
+    model = MLP()
+    model.up.weight.register_hook(lambda grad: grad / 2)
+    return model
+
+
+@pytest.mark.parametrize("build", [_in_forward, _on_module, _on_parameter])
+def test_hooks_on_gradients_are_not_dropped(build: Callable[[], nn.Module]) -> None:
+    """The capture has the forward alone: the gradients are the model's, or it is refused."""
+    model = build()
+    try:
+        tp_model = autoshard.parallelize(model, 1, INPUT)
+    except AutoshardError as refused:
+        assert "hook" in str(refused)
+        return
+    for each in (model, tp_model):
+        each(*INPUT).sum().backward()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(tp_model.get_parameter(name).grad, parameter.grad)
+
+
 # Plans
 
 

@@ -268,3 +268,18 @@ def test_inputs_nested_in_containers() -> None:
     tp_model = autoshard.parallelize(model, 1, ({"x": X, "y": Y},))
     for batch in ({"x": X, "y": Y}, {"y": Y, "x": X}, {"x": Y[:2], "y": X[:2]}):
         assert torch.equal(tp_model(batch), model(batch))
+
+
+def test_options_of_equal_value_and_other_type() -> None:
+    """True, 1 and 1.0 are equal, and three different things to a model."""
+
+    class Typed(Lightning):
+        def forward(self, x: Tensor, option: Any) -> Tensor:  # type: ignore[override]
+            factor = {bool: 2.0, int: 3.0, float: 4.0}[type(option)]
+            out: Tensor = self.down(self.up(x)) * factor
+            return out
+
+    model = Typed(None)
+    tp_model = autoshard.parallelize(model, 1, (X, True))
+    for option in (True, 1, 1.0, True):
+        assert torch.equal(tp_model(X, option), model(X, option))

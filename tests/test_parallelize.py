@@ -552,6 +552,27 @@ def test_the_model_itself_is_left_alone() -> None:
     assert model.training and all(p.grad is None for p in model.parameters())
 
 
+def test_a_copy_of_the_module() -> None:
+    """deepcopy (a moving average of the weights) gives a module of its own."""
+    model, batch = sample("nanogpt", torch.float32)
+    tp_model = autoshard.parallelize(model, 1, batch)
+    loss_of(tp_model(**batch)).backward()
+    copied = copy.deepcopy(tp_model)
+    assert torch.equal(loss_of(copied(**batch)), loss_of(tp_model(**batch)))
+    with torch.no_grad():
+        copied.lm_head.weight.zero_()
+    assert copied.lm_head.weight is copied.transformer.wte.weight
+    assert torch.equal(tp_model.lm_head.weight, model.lm_head.weight)
+
+
+def test_verification_of_a_partly_frozen_model() -> None:
+    """A frozen parameter has no gradient on either side."""
+    model, batch = sample("nanogpt")
+    model.transformer.h[0].requires_grad_(False)
+    report = autoshard.verify(model, 2, batch)
+    assert report.ok, report
+
+
 # The module
 
 

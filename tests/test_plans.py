@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import torch
 from torch import nn
 
 import autoshard
+from autoshard import ops
 from autoshard.capture import skeleton
 from autoshard.inputs import normalized_inputs
 from autoshard.module import plan_hash
@@ -96,6 +98,45 @@ def test_collectives_of_a_plan(plan: autoshard.Plan) -> None:
     assert sum("twice" in line for line in lines) == 1
     alone = plan.with_degree("transformer.h.0.mlp", 1).region("transformer.h.0.mlp")
     assert alone.collectives == ()
+
+
+@pytest.mark.parametrize("tp", [2, 8])
+@pytest.mark.parametrize(
+    "name",
+    ["llama-kv2", "gptj", "falcon-new", "qwen3", "olmo2", pytest.param("t5", marks=pytest.mark.slow)],
+)
+def test_collectives_of_a_plan_are_those_of_the_graph(name: str, tp: int) -> None:
+    """Also where one value enters several regions, or a weight of few heads is stored whole."""
+    case = huggingface(name)
+    model = case.build("eager", dropout=0.0)
+    args, kwargs = normalized_inputs(model, case.inputs(model))
+    plan, sharded = rewrite(analyse(skeleton(model), args, kwargs, tp), tp, "max")
+    count = Counter(node.target for node in sharded.graph.nodes)
+    lines = [line for region in plan.regions for line in region.collectives]
+    assert sum("backward" in line for line in lines) == count[ops.copy]
+    assert (
+        sum("forward" in line for line in lines) == count[ops.reduce] + count[ops.vocab_cross_entropy]
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"), [("bert", "normalized over this axis"), ("llama-kv1", "attention kernel")]
+)
+def test_matmuls_that_stay_whole_say_why(name: str, reason: str) -> None:
+    """By the weight's own axes, never by batch or sequence."""
+    case = huggingface(name)
+    model = case.build("sdpa", dropout=0.0)
+    made = autoshard.plan(model, 2, case.inputs(model))
+    assert made.replicated and all(reason in whole.reason for whole in made.replicated)
+
+
+def test_what_a_region_of_degree_one_leaves_whole(plan: autoshard.Plan) -> None:
+    """Its matmuls and parameters name it."""
+    alone = plan.with_degree("transformer.h.0.mlp", 1)
+    reasons = [w.reason for w in alone.replicated]
+    reasons += [p.reason for p in alone.parameters if p.name.startswith("transformer.h.0.mlp.c_fc")]
+    assert reasons == ["its region transformer.h.0.mlp has degree 1"] * len(reasons)
+    assert len(reasons) >= 3
 
 
 def test_parameters_and_their_reasons(plan: autoshard.Plan) -> None:

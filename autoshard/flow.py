@@ -1,0 +1,79 @@
+"""Flow: which values are inside a group of ranks, and where collectives stand at its border.
+
+A value is *whole* (the same on every rank, its gradient whole) or *inside* a group of d ranks (a
+share of its split axes; its gradient is a partial sum). Whole values enter through ``copy`` where a
+gradient can flow; inside values leave through ``reduce`` where a split axis was summed. Read off the
+axes and the cuts alone: the rewriting and the plan's counts both follow it.
+"""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass, field
+
+from torch import fx
+
+from autoshard.analysis import Axes
+from autoshard.assignment import Assignment, stored_dim
+from autoshard.rules import Call
+
+LOOKUP, LOSS, SUM = "lookup", "loss", "sum"
+
+
+@dataclass(eq=False)
+class Flow:
+    """Where values stand.
+
+    Attributes:
+        inside: value -> ranks of the group that it is inside of; whole values are not in it.
+        degree: call -> ranks of the group that it runs in, 1 not included.
+        copied: (whole value, degree) -> the first call that a ``copy`` of it is made for.
+        reduced: call whose result is all-reduced -> why: ``sum``, ``lookup`` (of a table's rows), or
+            ``loss`` (of scalars per token).
+    """
+
+    inside: dict[fx.Node, int] = field(default_factory=dict)
+    degree: dict[fx.Node, int] = field(default_factory=dict)
+    copied: dict[tuple[fx.Node, int], fx.Node] = field(default_factory=dict)
+    reduced: dict[fx.Node, str] = field(default_factory=dict)
+
+
+def flow(graph: fx.Graph, axes: Axes, assignment: Assignment) -> Flow:
+    """Walk the graph once, in its order."""
+    found = Flow()
+    inside = found.inside
+    for node in graph.nodes:
+        if node in axes.calls:
+            _call(node, axes.calls[node], axes, assignment, found)
+        elif node.op == "placeholder":
+            if node in axes.dims and stored_dim(axes.dims[node], assignment) is not None:
+                inside[node] = assignment.degree(axes.dims[node])
+        elif node.target is operator.getitem and node.args[0] in inside:
+            inside[node] = inside[node.args[0]]
+    return found
+
+
+def _call(node: fx.Node, call: Call, axes: Axes, assignment: Assignment, found: Flow) -> None:
+    every = [*call.operands.values(), *(d for d in call.outputs if d is not None)]
+    # A value inside a group may hold no split axis (one key head for all queries): its gradient is a
+    # partial sum all the same, so what is computed from it stays inside.
+    degree = max(
+        1,
+        *(assignment.degree(dims) for dims in every),
+        *(found.inside.get(n, 1) for n in node.all_input_nodes),
+    )
+    if degree == 1:
+        return
+    found.degree[node] = degree
+    summed = bool(assignment.cuts_in(call.summed))
+    for slot in call.operands:
+        operand = call.tensor(*slot)
+        after = summed and slot in call.added_once
+        if operand in axes.differentiable and operand not in found.inside and not after:
+            found.copied.setdefault((operand, degree), node)
+    if call.lookup is not None and assignment.cuts_in([call.lookup]):
+        found.reduced[node] = LOOKUP if ("indices", None) in call.operands else LOSS
+    elif summed:
+        found.reduced[node] = SUM
+    else:
+        found.inside[node] = degree
