@@ -142,6 +142,11 @@ def _check_model(model: nn.Module, tp: int) -> None:
     for name, parameter in model.named_parameters():
         if isinstance(parameter, DTensor):
             raise AutoshardError(f"{name} is a DTensor already: pass the plain model")
+        if parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None):
+            raise AutoshardError(
+                f"{name} has a hook on its gradient, which would be lost: register it on the parallel "
+                "module's parameter of the same name, after parallelize"
+            )
 
 
 def _check_plan(made: Plan, tp: int, strict: bool) -> None:

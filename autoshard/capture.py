@@ -92,7 +92,12 @@ def capture(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     # One tensor given twice (labels = input_ids) would become one input.
     args, kwargs = pytree.tree_map_only(Tensor, torch.clone, (args, kwargs))
     shapes = pytree.tree_map(_symbolic, (args, kwargs))
-    with _named_arguments(model, kwargs), _quiet(), without_modes(), noticed() as functions:
+    with contextlib.ExitStack() as around:
+        around.enter_context(_named_arguments(model, kwargs))
+        around.enter_context(_quiet())
+        around.enter_context(without_modes())
+        hooks = around.enter_context(_hooks_noticed())
+        functions = around.enter_context(noticed())
         try:
             program = torch.export.export(
                 model, args, kwargs, dynamic_shapes=_by_name(model, shapes), strict=False
@@ -104,6 +109,12 @@ def capture(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
                 )
             except Exception:
                 raise CaptureError(_explain(error)) from error
+    if hooks:
+        raise CaptureError(
+            f"the model registers a hook on a gradient while it runs ({hooks[0]}); the capture has the "
+            "forward alone and would drop it without a word. Write it as an operator with "
+            "torch.library.custom_op and register_autograd."
+        )
     for function in functions:
         if not function.is_its_own_derivative():
             raise CaptureError(
@@ -183,6 +194,25 @@ def _named_arguments(model: nn.Module, kwargs: dict[str, Any]) -> Iterator[None]
             model.forward = forward
         else:
             del model.__dict__["forward"]
+
+
+@contextlib.contextmanager
+def _hooks_noticed() -> Iterator[list[str]]:
+    """The places in the model's code that call ``Tensor.register_hook``."""
+    found: list[str] = []
+    original = Tensor.register_hook
+
+    def register_hook(self: Tensor, hook: Any) -> Any:
+        caller = inspect.currentframe().f_back  # type: ignore[union-attr]
+        if caller is not None and "/torch/" not in caller.f_code.co_filename:
+            found.append(f"{caller.f_code.co_filename}:{caller.f_lineno}")
+        return original(self, hook)  # type: ignore[no-untyped-call]
+
+    Tensor.register_hook = register_hook  # type: ignore[method-assign]
+    try:
+        yield found
+    finally:
+        Tensor.register_hook = original  # type: ignore[method-assign]
 
 
 def _explain(error: Exception) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from torch.utils import _pytree as pytree
 
 from autoshard import parameters as stored_parameters
 from autoshard.capture import Captured, hollowed, tied_names
+from autoshard.capture import skeleton as make_skeleton
 from autoshard.errors import AutoshardError
 from autoshard.groups import ProcessGroupComm
 from autoshard.mesh import Mesh
@@ -146,6 +148,23 @@ class ParallelModule(nn.Module):
         """Start dropout's random streams anew; with the same seed on every rank."""
         mesh: Mesh = self.__dict__["_mesh"]
         mesh.manual_seed(seed)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ParallelModule:
+        """Parameters and buffers of its own; the compiled graphs and the mesh are shared."""
+        copied: ParallelModule = type(self).__new__(type(self))
+        memo[id(self)] = copied
+        shared: dict[str, Any] = {
+            "_lines": self.__dict__.get("_lines", {}),
+            "_skeleton": make_skeleton(self.__dict__["_skeleton"]),
+            "_mesh": self.__dict__["_mesh"],
+            "_compiled": {key: list(graphs) for key, graphs in self._compiled.items()},
+            "_fits": dict(self._fits),
+            "_last": self._last,
+            "plan": self.plan,
+        }
+        for name, value in self.__dict__.items():
+            copied.__dict__[name] = shared[name] if name in shared else copy.deepcopy(value, memo)
+        return copied
 
     # -- inside --------------------------------------------------------------------------------
 

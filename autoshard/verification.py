@@ -154,6 +154,7 @@ def simulated(
     stored = {captured.parameters[p]: share for p, share in sharded.stored.items()}
     names = capturing.tied_names(subject)
     whole = {n: p.detach() for n, p in subject.named_parameters()}
+    trained = {n for n, p in subject.named_parameters() if p.requires_grad}
     buffers = {n: b.detach() for n, b in subject.named_buffers(remove_duplicate=False)}
     flat = pytree.tree_leaves((args, kwargs))
     degrees = tuple({r.degree for r in plan.regions})
@@ -166,7 +167,7 @@ def simulated(
             if share is not None:
                 places[name] = rank.group(share[2]).coordinate
                 value = local_share(value, share, places[name])
-            local[name] = value.clone().requires_grad_(value.is_floating_point())
+            local[name] = value.clone().requires_grad_(name in trained)
         local.update({alias: local[n] for alias, n in names.items() if n in local})
         module = rank_module(sharded, rank.group)
         own = {n: b.clone() for n, b in buffers.items()}

@@ -565,6 +565,35 @@ def test_a_copy_of_the_module() -> None:
     assert torch.equal(tp_model.lm_head.weight, model.lm_head.weight)
 
 
+def moving_average() -> dict[str, Any]:
+    """A copy with the weights halved: its own DTensors, the logits of the half weights."""
+    model, batch = sample("gpt2", torch.float32)
+    tp_model = autoshard.parallelize(model, 2, batch)
+    loss_of(tp_model(**batch)).backward()
+    average = copy.deepcopy(tp_model)
+    with torch.no_grad():
+        for module in (model, average):
+            for parameter in module.parameters():
+                parameter.mul_(0.5)
+    expected, found = model.state_dict(), average.full_state_dict()
+    loss = loss_of(average(**batch))
+    loss.backward()
+    return {
+        "weights": [n for n, t in expected.items() if not torch.equal(t, found[n])],
+        "kept": bool((tp_model.lm_head.weight.full_tensor() == 2 * expected["lm_head.weight"]).all()),
+        "loss": (float(loss), float(loss_of(model(**batch)))),
+    }
+
+
+@pytest.mark.slow
+def test_a_copy_on_two(two: Ranks) -> None:
+    """As above, over real ranks."""
+    for found in two(moving_average):
+        assert found["weights"] == []
+        assert found["kept"]
+        torch.testing.assert_close(*found["loss"])
+
+
 def test_verification_of_a_partly_frozen_model() -> None:
     """A frozen parameter has no gradient on either side."""
     model, batch = sample("nanogpt")
