@@ -1,0 +1,228 @@
+"""Measure: what the cost model's constants are fitted to, on the machine at hand.
+
+Products over a grid of shapes, attention, operators bound by memory, the time that Python and the
+launch of an operator take, and all-reduces over sizes and group sizes. Every time is the median of
+several, in seconds. Run by ``autoshard calibrate``, alone or under torchrun.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+from autoshard.progress import each
+
+# [m, n, k] of a transformer's products: tokens by hidden by ffn, whole and split.
+GRID = [
+    (m, n, k)
+    for m in (512, 2048, 8192)
+    for n in (128, 512, 1024, 2304, 4096, 8192, 16384)
+    for k in (128, 512, 1024, 2304, 4096, 8192, 16384)
+    if m * n * k <= 2**40
+]
+SMALL_GRID = [(m, n, k) for m in (64, 256, 1024) for n in (64, 256, 1024) for k in (64, 256, 1024)]
+ATTENTION = [  # batch, heads, sequence, head size
+    (8, 16, 512, 64), (4, 16, 1024, 64), (2, 32, 2048, 128), (1, 32, 4096, 128), (8, 12, 1024, 128),
+    (2, 8, 4096, 64), (16, 16, 512, 128), (4, 64, 1024, 64),
+]  # fmt: skip
+SMALL_ATTENTION = [(2, 4, 128, 64), (2, 8, 256, 64), (1, 4, 512, 64)]
+NUMELS = [2**e for e in range(12, 29, 2)]
+SMALL_NUMELS = [2**e for e in range(12, 23, 2)]
+COLLECTIVE_NUMELS = [2**e for e in range(10, 28)]
+SMALL_COLLECTIVE_NUMELS = [2**e for e in range(8, 22, 2)]
+
+
+def measure(device: torch.device, dtype: torch.dtype, degrees: tuple[int, ...] = ()) -> dict[str, Any]:
+    """All measurements. Every rank of the default process group calls it, where there is one.
+
+    Args:
+        device: of this rank.
+        dtype: of the products.
+        degrees: group sizes to measure all-reduces over; the world must have as many ranks.
+    """
+    gpu = device.type == "cuda"
+    clock = _Clock(device)
+    gemms = [(m, n, k, clock(_gemm(m, n, k, device, dtype))) for m, n, k in _shown(
+        GRID if gpu else SMALL_GRID, "products")]  # fmt: skip
+    attention = []
+    for shape in _shown(ATTENTION if gpu else SMALL_ATTENTION, "attention"):
+        for how in ("causal", "full", "masked"):
+            forward, both = (clock(_attention(shape, how, grad, device, dtype)) for grad in (False, True))
+            attention.append((*shape, how, forward, both - forward))
+    memory = [(n, clock(_add(n, device, dtype))) for n in _shown(
+        NUMELS if gpu else SMALL_NUMELS, "memory")]  # fmt: skip
+    return {
+        "device": torch.cuda.get_device_name(device) if gpu else "cpu",
+        "memory": torch.cuda.get_device_properties(device).total_memory if gpu else _host_memory(),
+        "versions": _versions(gpu),
+        "dtype": str(dtype).removeprefix("torch."),
+        "itemsize": dtype.itemsize,
+        "gemms": gemms,
+        "attention": attention,
+        "passes": memory,
+        "operators": _operators(device, dtype, clock),
+        "launch": _launch(device, dtype),
+        "collectives": _collectives(device, dtype, degrees, clock),
+    }
+
+
+class _Clock:
+    """The median time of a call, by the host's clock around several calls."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    def wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def __call__(self, call: Callable[[], Any], budget: float = 0.02, rounds: int = 5) -> float:
+        for _ in range(2):
+            call()
+        self.wait()
+        start = time.perf_counter()
+        call()
+        self.wait()
+        once = max(time.perf_counter() - start, 1e-6)
+        repeat = self.agreed(max(1, min(50, int(budget / once / rounds))))
+        times = []
+        for _ in range(rounds):
+            self.wait()
+            start = time.perf_counter()
+            for _ in range(repeat):
+                call()
+            self.wait()
+            times.append((time.perf_counter() - start) / repeat)
+        return statistics.median(times)
+
+    def agreed(self, count: int) -> int:
+        """The same number on all ranks, for calls that communicate."""
+        if not dist.is_initialized():
+            return count
+        found = torch.tensor(count, device=self.device)
+        dist.all_reduce(found, dist.ReduceOp.MIN)
+        return int(found)
+
+
+def _shown(items: list[Any], what: str) -> Any:
+    return each(items, len(items), f"measuring {what}")
+
+
+def _gemm(m: int, n: int, k: int, device: torch.device, dtype: torch.dtype) -> Callable[[], Any]:
+    x = torch.randn(m, k, device=device, dtype=dtype)
+    w = torch.randn(n, k, device=device, dtype=dtype)
+    return lambda: F.linear(x, w)
+
+
+def _attention(
+    shape: tuple[int, int, int, int], how: str, grad: bool, device: torch.device, dtype: torch.dtype
+) -> Callable[[], Any]:
+    q, k, v = (torch.randn(shape, device=device, dtype=dtype, requires_grad=grad) for _ in range(3))
+    mask: Tensor | None = None
+    if how == "masked":
+        mask = torch.zeros(shape[0], 1, shape[2], shape[2], device=device, dtype=dtype)
+    out_grad = torch.randn(shape, device=device, dtype=dtype)
+
+    def call() -> Any:
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=how == "causal")
+        return torch.autograd.grad(out, (q, k, v), out_grad) if grad else out
+
+    return call
+
+
+def _add(numel: int, device: torch.device, dtype: torch.dtype) -> Callable[[], Any]:
+    x = torch.randn(numel, device=device, dtype=dtype)
+    y = torch.randn(numel, device=device, dtype=dtype)
+    return lambda: x + y
+
+
+# Operators whose kernels are far from the speed of a plain copy, forward or backward.
+OPERATORS: dict[str, Callable[..., Tensor]] = {
+    "layer_norm": lambda x, w: F.layer_norm(x, x.shape[-1:], w, w),
+    "rms_norm": lambda x, w: F.rms_norm(x, x.shape[-1:], w),
+    "softmax": lambda x, w: x.softmax(-1),
+    "dropout": lambda x, w: F.dropout(x, 0.1),
+    "gelu": lambda x, w: F.gelu(x, approximate="tanh"),
+    "mul": lambda x, w: x * w,
+    "cross_entropy": lambda x, w: F.cross_entropy(x, torch.arange(len(x), device=x.device) % x.shape[1]),
+    "embedding": lambda x, w: F.embedding(torch.arange(8192, device=x.device) % len(x), x),
+}
+SHAPES = {"cross_entropy": [(8192, 32000), (2048, 16000)], "embedding": [(32000, 1024), (32000, 4096)]}
+
+
+def _operators(
+    device: torch.device, dtype: torch.dtype, clock: _Clock
+) -> list[tuple[str, int, int, float, float]]:
+    """Name, rows, columns, seconds forward and backward."""
+    found = []
+    for name, op in OPERATORS.items():
+        shapes = SHAPES.get(name, [(8192, 1024), (8192, 4096), (2048, 8192)])
+        for rows, columns in _shown(shapes, name):
+            if device.type == "cpu":
+                rows, columns = rows // 8, columns // 8
+            x = torch.randn(rows, columns, device=device, dtype=dtype, requires_grad=True)
+            w = torch.ones(columns, device=device, dtype=dtype, requires_grad=True)
+            out = op(x, w)
+            grad = torch.ones_like(out)
+            forward = clock(lambda op=op, x=x, w=w: op(x, w))  # type: ignore[misc]
+            backward = clock(
+                lambda out=out, x=x, grad=grad: torch.autograd.grad(out, x, grad, retain_graph=True)  # type: ignore[misc]
+            )
+            found.append((name, rows, columns, forward, backward))
+    return found
+
+
+def _launch(device: torch.device, dtype: torch.dtype, count: int = 200) -> dict[str, float]:
+    """Seconds of Python and launch per operator, forward and backward, on tensors of no size."""
+    clock = _Clock(device)
+    x = torch.randn(64, device=device, dtype=dtype, requires_grad=True)
+
+    def chain() -> Tensor:
+        y = x
+        for _ in range(count):
+            y = F.gelu(y)
+        return y
+
+    grad = torch.ones_like(x)
+    forward = clock(chain)
+    both = clock(lambda: torch.autograd.grad(chain(), x, grad))
+    return {"forward": forward / count, "backward": (both - forward) / count}
+
+
+def _collectives(
+    device: torch.device, dtype: torch.dtype, degrees: tuple[int, ...], clock: _Clock
+) -> list[tuple[str, int, int, float]]:
+    found = []
+    for degree in degrees:
+        world = dist.get_world_size()
+        groups = [
+            dist.new_group(list(range(first, first + degree))) for first in range(0, world, degree)
+        ]
+        group = groups[dist.get_rank() // degree]
+        numels = COLLECTIVE_NUMELS if device.type == "cuda" else SMALL_COLLECTIVE_NUMELS
+        for numel in _shown(numels, f"all-reduces over {degree}"):
+            x = torch.zeros(numel, device=device, dtype=dtype)
+            seconds = clock(lambda x=x, group=group: dist.all_reduce(x, group=group))  # type: ignore[misc]
+            found.append(("all_reduce", degree, numel * dtype.itemsize, seconds))
+    return found
+
+
+def _versions(gpu: bool) -> dict[str, str]:
+    found = {"torch": torch.__version__}
+    if gpu:
+        found["cuda"] = str(torch.version.cuda)
+        found["nccl"] = ".".join(map(str, torch.cuda.nccl.version()))  # type: ignore[no-untyped-call]
+    return found
+
+
+def _host_memory() -> int:
+    import os
+
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
