@@ -4,6 +4,8 @@
   FLOP counter) would be traced into the captured graph. There is no public way to step outside.
 - ``torch.autograd.function._is_setup_context_defined`` (torch 2.11, 2.13): every ``Function.apply``
   calls it. Replacing ``apply`` itself would miss ``f = MyFunction.apply`` stored before.
+- ``DTensor._local_tensor``, ``DTensor._spec`` and the constructor (torch 2.11, 2.13): ``to_local``
+  takes 150 us a parameter and step, forward and backward; ``shares`` takes 20.
 """
 
 from __future__ import annotations
@@ -13,7 +15,11 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
 import torch.autograd.function as autograd_function
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 
@@ -43,3 +49,35 @@ def autograd_functions_applied(
         yield
     finally:
         module._is_setup_context_defined = original
+
+
+def shares(parameters: list[DTensor]) -> list[Tensor]:
+    """What ``to_local`` of each gives, in one call: gradients flow back, as DTensors placed alike."""
+    if not torch.is_grad_enabled():
+        return [p._local_tensor for p in parameters]
+    trained = [p for p in parameters if p.requires_grad]
+    found = iter(_Shares.apply(*trained)) if trained else iter(())  # type: ignore[no-untyped-call]
+    return [next(found) if p.requires_grad else p._local_tensor for p in parameters]
+
+
+class _Shares(torch.autograd.Function):
+    """DTensors -> their shares; shares' gradients -> DTensors."""
+
+    @staticmethod
+    def forward(ctx: Any, *parameters: DTensor) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        ctx.specs = [p._spec for p in parameters]
+        ctx.strides = [p._local_tensor.stride() for p in parameters]
+        return tuple(p._local_tensor.view_as(p._local_tensor) for p in parameters)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        result: list[Tensor | None] = []
+        for grad, spec, stride in zip(grads, ctx.specs, ctx.strides, strict=True):
+            if grad is not None and grad.stride() != stride:
+                grad = torch.empty_strided(
+                    grad.shape, stride, dtype=grad.dtype, device=grad.device
+                ).copy_(grad)
+            result.append(None if grad is None else DTensor(grad, spec, requires_grad=False))
+        return tuple(result)

@@ -198,7 +198,7 @@ class ParallelModule(nn.Module):
         return self._stored.get(self._names.get(name, name))
 
     def _local(self, compiled: Compiled) -> dict[str, Tensor]:
-        return {name: stored_parameters.local(p) for name, p in self.named_parameters()}
+        return stored_parameters.local(dict(self.named_parameters()))
 
     def _whole_buffers(self) -> dict[str, Tensor]:
         return dict(self.named_buffers())

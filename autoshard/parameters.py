@@ -9,6 +9,7 @@ back into the model's order.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import lru_cache
 
 import torch
 import torch.distributed as dist
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from autoshard import layouts
+from autoshard.compat import shares
 from autoshard.mesh import Mesh
 
 Stored = tuple[int, layouts.Layout, int]  # dimension, layout, degree
@@ -41,9 +43,27 @@ def as_dtensor(share: Tensor, shape: torch.Size, stored: Stored | None, mesh: Me
     )
 
 
-def local(parameter: Tensor) -> Tensor:
-    """The share that the graph computes on; gradients flow back into the DTensor."""
-    return parameter.to_local() if isinstance(parameter, DTensor) else parameter
+def local(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The shares that the graph computes on; gradients flow back into the DTensors, layer by layer."""
+    found = dict(parameters)
+    layers: dict[str, dict[str, DTensor]] = {}
+    for name, parameter in parameters.items():
+        if isinstance(parameter, DTensor):
+            if torch.compiler.is_compiling():
+                found[name] = parameter.to_local()
+            else:
+                layers.setdefault(_layer(name), {})[name] = parameter
+    for layer in layers.values():
+        found.update(zip(layer, shares(list(layer.values())), strict=True))
+    return found
+
+
+@lru_cache(maxsize=65536)
+def _layer(name: str) -> str:
+    """``transformer.h.0`` for ``transformer.h.0.mlp.c_fc.weight``; else the module's path."""
+    parts = name.split(".")
+    places = [i for i, part in enumerate(parts) if part.isdecimal()]
+    return ".".join(parts[: places[0] + 1] if places else parts[:-1])
 
 
 def in_model_order(stored: Stored | None) -> bool:

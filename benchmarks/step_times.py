@@ -42,7 +42,10 @@ SHAPES = [
     Shape("llama", 4096, 32, 3, 4096, 2, kv_heads=8),
     Shape("llama", 8192, 64, 2, 2048, 2, kv_heads=8),
 ]
-SMALL = [Shape("gpt", 64, 4, 2, 32, 2, vocabulary=256), Shape("llama", 64, 4, 2, 32, 2, 256, kv_heads=2)]
+SMALL = [
+    Shape("gpt", 64, 4, 2, 32, 2, vocabulary=256),
+    Shape("llama", 64, 4, 2, 32, 2, 256, kv_heads=2),
+]
 
 # hidden, widths of the MLPs, vocabulary, batch, sequence
 MIXED = [

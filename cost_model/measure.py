@@ -10,14 +10,21 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
 
+from autoshard import ops
+from autoshard.compat import shares
+from autoshard.groups import Group, ProcessGroupComm
 from autoshard.progress import each
+from autoshard.random_streams import RandomStream
 
 # [m, n, k] of a transformer's products: tokens by hidden by ffn, whole and split.
 GRID = [
@@ -49,12 +56,15 @@ def measure(device: torch.device, dtype: torch.dtype, degrees: tuple[int, ...] =
     """
     gpu = device.type == "cuda"
     clock = _Clock(device)
+    groups = [_group(degree) for degree in degrees]
     gemms = [(m, n, k, clock(_gemm(m, n, k, device, dtype))) for m, n, k in _shown(
         GRID if gpu else SMALL_GRID, "products")]  # fmt: skip
     attention = []
     for shape in _shown(ATTENTION if gpu else SMALL_ATTENTION, "attention"):
         for how in ("causal", "full", "masked"):
-            forward, both = (clock(_attention(shape, how, grad, device, dtype)) for grad in (False, True))
+            forward, both = (
+                clock(_attention(shape, how, grad, device, dtype)) for grad in (False, True)
+            )
             attention.append((*shape, how, forward, both - forward))
     memory = [(n, clock(_add(n, device, dtype))) for n in _shown(
         NUMELS if gpu else SMALL_NUMELS, "memory")]  # fmt: skip
@@ -67,9 +77,9 @@ def measure(device: torch.device, dtype: torch.dtype, degrees: tuple[int, ...] =
         "gemms": gemms,
         "attention": attention,
         "passes": memory,
-        "operators": _operators(device, dtype, clock),
-        "launch": _launch(device, dtype),
-        "collectives": _collectives(device, dtype, degrees, clock),
+        "operators": _operators(device, dtype, clock, groups[-1] if groups else None),
+        "host": _host(device, dtype, groups[-1] if groups else None),
+        "collectives": _collectives(device, dtype, groups, clock),
     }
 
 
@@ -151,19 +161,28 @@ OPERATORS: dict[str, Callable[..., Tensor]] = {
     "dropout": lambda x, w: F.dropout(x, 0.1),
     "gelu": lambda x, w: F.gelu(x, approximate="tanh"),
     "mul": lambda x, w: x * w,
-    "cross_entropy": lambda x, w: F.cross_entropy(x, torch.arange(len(x), device=x.device) % x.shape[1]),
+    "cross_entropy": lambda x, w: F.cross_entropy(
+        x, torch.arange(len(x), device=x.device) % x.shape[1]
+    ),
     "embedding": lambda x, w: F.embedding(torch.arange(8192, device=x.device) % len(x), x),
 }
-SHAPES = {"cross_entropy": [(8192, 32000), (2048, 16000)], "embedding": [(32000, 1024), (32000, 4096)]}
+SHAPES = {
+    "cross_entropy": [(8192, 32000), (8192, 16000)],
+    "vocab_cross_entropy": [(8192, 32000), (8192, 16000)],
+    "embedding": [(32000, 1024), (32000, 4096)],
+}
 
 
 def _operators(
-    device: torch.device, dtype: torch.dtype, clock: _Clock
+    device: torch.device, dtype: torch.dtype, clock: _Clock, group: Group | None
 ) -> list[tuple[str, int, int, float, float]]:
     """Name, rows, columns, seconds forward and backward."""
     found = []
-    for name, op in OPERATORS.items():
-        shapes = SHAPES.get(name, [(8192, 1024), (8192, 4096), (2048, 8192)])
+    operators = dict(OPERATORS)
+    if group is not None:
+        operators["vocab_cross_entropy"] = partial(_vocab_cross_entropy, group=group)
+    for name, op in operators.items():
+        shapes = SHAPES.get(name, [(32768, 1024), (32768, 4096), (8192, 8192)])
         for rows, columns in _shown(shapes, name):
             if device.type == "cpu":
                 rows, columns = rows // 8, columns // 8
@@ -179,46 +198,98 @@ def _operators(
     return found
 
 
-def _launch(device: torch.device, dtype: torch.dtype, count: int = 200) -> dict[str, float]:
-    """Seconds of Python and launch per operator, forward and backward, on tensors of no size."""
+def _vocab_cross_entropy(x: Tensor, w: Tensor, group: Group) -> Tensor:
+    rows = x.shape[1]
+    target = torch.arange(len(x), device=x.device) % (rows * group.degree)
+    return ops.vocab_cross_entropy(x, target, group, rows * group.degree, rows)
+
+
+def _host(device: torch.device, dtype: torch.dtype, group: Group | None) -> dict[str, list[float]]:
+    """Seconds of Python and launch per node of a graph, forward and backward, on tiny tensors.
+
+    ``step`` is what one backward pass costs beside its nodes.
+    """
     clock = _Clock(device)
-    x = torch.randn(64, device=device, dtype=dtype, requires_grad=True)
+    x = torch.randn(64, 64, device=device, dtype=dtype, requires_grad=True)
+    w = torch.randn(64, 64, device=device, dtype=dtype, requires_grad=True)
+    nodes: dict[str, Callable[[Tensor], Tensor]] = {
+        "kernel": F.gelu,
+        "view": lambda y: y.transpose(0, 1),
+        "product": lambda y: F.linear(y, w),
+    }
+    if group is not None:
+        nodes["collective"] = lambda y: ops.reduce(ops.copy(y, group), group)
+    found = {}
+    for name, node in nodes.items():
+        times = {}
+        for count in (20, 220):
 
-    def chain() -> Tensor:
-        y = x
-        for _ in range(count):
-            y = F.gelu(y)
-        return y
+            def chain(node: Any = node, count: int = count) -> Tensor:
+                y = x
+                for _ in range(count):
+                    y = node(y)
+                return y
 
-    grad = torch.ones_like(x)
-    forward = clock(chain)
-    both = clock(lambda: torch.autograd.grad(chain(), x, grad))
-    return {"forward": forward / count, "backward": (both - forward) / count}
+            grad = torch.ones_like(x)
+            forward = clock(chain)
+            both = clock(lambda chain=chain, grad=grad: torch.autograd.grad(chain(), (x,), grad))  # type: ignore[misc]
+            times[count] = forward, both - forward
+        slope = [(times[220][i] - times[20][i]) / 200 for i in range(2)]
+        found[name] = slope
+        if name == "kernel":
+            found["step"] = [0.0, max(0.0, times[20][1] - 20 * slope[1])]
+    if isinstance(group, ProcessGroupComm):
+        found["parameter"] = _unwrapping(device, dtype, group, clock)
+    return found
+
+
+def _unwrapping(
+    device: torch.device, dtype: torch.dtype, group: ProcessGroupComm, clock: _Clock, count: int = 50
+) -> list[float]:
+    """Seconds per parameter that is a DTensor, forward and backward."""
+    mesh = DeviceMesh.from_group(group.process_group, device.type)
+    parameters: list[Any] = [
+        torch.nn.Parameter(DTensor.from_local(torch.zeros(8, 8, device=device, dtype=dtype), mesh))
+        for _ in range(count)
+    ]
+
+    def unwrap() -> list[Tensor]:
+        for p in parameters:
+            p.grad = None
+        return shares(parameters)
+
+    grads = [torch.ones(8, 8, device=device, dtype=dtype) for _ in range(count)]
+    forward = clock(unwrap)
+    both = clock(lambda: torch.autograd.backward(unwrap(), grads))
+    return [forward / count, (both - forward) / count]
+
+
+def _group(degree: int) -> ProcessGroupComm:
+    """The group of neighbouring ranks that this rank is in."""
+    world = range(0, dist.get_world_size(), degree)
+    groups = [dist.new_group(list(range(first, first + degree))) for first in world]
+    return ProcessGroupComm(groups[dist.get_rank() // degree], RandomStream(0))
 
 
 def _collectives(
-    device: torch.device, dtype: torch.dtype, degrees: tuple[int, ...], clock: _Clock
+    device: torch.device, dtype: torch.dtype, groups: list[ProcessGroupComm], clock: _Clock
 ) -> list[tuple[str, int, int, float]]:
+    """Kind, ranks, bytes, seconds."""
     found = []
-    for degree in degrees:
-        world = dist.get_world_size()
-        groups = [
-            dist.new_group(list(range(first, first + degree))) for first in range(0, world, degree)
-        ]
-        group = groups[dist.get_rank() // degree]
+    for group in groups:
         numels = COLLECTIVE_NUMELS if device.type == "cuda" else SMALL_COLLECTIVE_NUMELS
-        for numel in _shown(numels, f"all-reduces over {degree}"):
+        for numel in _shown(numels, f"all-reduces over {group.degree}"):
             x = torch.zeros(numel, device=device, dtype=dtype)
-            seconds = clock(lambda x=x, group=group: dist.all_reduce(x, group=group))  # type: ignore[misc]
-            found.append(("all_reduce", degree, numel * dtype.itemsize, seconds))
+            seconds = clock(lambda x=x, group=group: group.all_reduce(x, inplace=True))  # type: ignore[misc]
+            found.append(("all_reduce", group.degree, numel * dtype.itemsize, seconds))
     return found
 
 
 def _versions(gpu: bool) -> dict[str, str]:
-    found = {"torch": torch.__version__}
+    found = {"torch": str(torch.__version__)}
     if gpu:
         found["cuda"] = str(torch.version.cuda)
-        found["nccl"] = ".".join(map(str, torch.cuda.nccl.version()))  # type: ignore[no-untyped-call]
+        found["nccl"] = ".".join(map(str, torch.cuda.nccl.version()))
     return found
 
 
