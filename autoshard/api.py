@@ -12,13 +12,15 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from autoshard.capture import skeleton
+from autoshard.cost_model.hardware import Hardware
 from autoshard.errors import AutoshardError, PlanError, UnknownOperatorError
 from autoshard.inputs import Inputs, normalized_inputs
 from autoshard.mesh import Mesh, init_mesh
 from autoshard.module import LOGITS, ParallelModule, outputs_to_keep, plan_hash
 from autoshard.parameters import agree
-from autoshard.passes.assign_degrees import Request, assign_degrees, fingerprint
+from autoshard.passes.assign_degrees import Request, fingerprint
 from autoshard.pipeline import Program, analyse, rewrite
+from autoshard.planning import Costs, Target, planned, setting_of
 from autoshard.plans import Plan
 
 
@@ -29,6 +31,12 @@ def parallelize(
     *,
     degree: str | int = "auto",
     plan: Plan | str | Path | None = None,
+    hardware: str | Path | Hardware | None = None,
+    batch: int | None = None,
+    sequence: int | None = None,
+    memory: float | None = None,
+    optimizer: str = "adamw",
+    uniform: bool = False,
     mesh: DeviceMesh | None = None,
     device: torch.device | str | None = None,
     logits: str = "auto",
@@ -41,9 +49,18 @@ def parallelize(
             the first rank's weights.
         tp: number of ranks to split over. The world may be a multiple: the rest is data parallel.
         example_inputs: tuple or dict of ``forward``'s arguments; found when not given.
-        degree: ``"auto"`` or ``"max"``: the largest degree that each region's axes take; a number:
+        degree: ``"auto"``: the cost model chooses the degree of each region, of least predicted step
+            time that fits in memory; ``"max"``: the largest that each region's axes take; a number:
             the largest that also divides it.
         plan: a ``Plan``, or the path of a saved one, instead of ``degree``.
+        hardware: what to plan for: ``v100``, ``a100``, ``h100``, ``h200``, ``cpu``, or the path of a
+            profile that ``autoshard calibrate`` wrote; the GPU at hand where not given, else h100.
+        batch, sequence: of one step; where not given those of ``example_inputs``, else 8 and the
+            model's longest sequence.
+        memory: bytes that a rank may use; the device's where not given.
+        optimizer: whose state counts as memory: ``adamw``, ``adamw-mixed``, ``momentum``, ``sgd``,
+            ``adafactor``, ``none``.
+        uniform: ``"auto"`` takes the degrees 1 and ``tp`` only.
         mesh: a ``DeviceMesh`` with the dimension ``tp`` (and ``dp``); made when not given, with the
             default process group from torchrun's environment where there is none.
         device: where the parameters go; the GPU of this rank, or the CPU without one.
@@ -64,7 +81,9 @@ def parallelize(
     if logits not in LOGITS:
         raise ValueError(f"logits={logits!r} must be one of {', '.join(LOGITS)}")
     device_mesh = init_mesh(tp, mesh, device)
+    target = Target(hardware, batch, sequence, memory, optimizer, None, uniform)
     program, request, example = _analysed(model, tp, example_inputs, degree, plan)
+    costs = _costs(program, model, tp, target, example, example_inputs)
     meta = [n for n, p in model.named_parameters() if p.is_meta]
     if meta:
         raise AutoshardError(
@@ -72,7 +91,7 @@ def parallelize(
             "there, parallelize() needs the weights; load or initialise them first"
         )
     keep = outputs_to_keep(program, model.training, logits)
-    made, sharded = rewrite(program, tp, request, keep)
+    made, sharded = rewrite(program, tp, request, keep, costs, uniform)
     _check_plan(made, tp, strict)
     _check_ranks(plan_hash(made, sharded), device_mesh)
     ranks = Mesh(device_mesh, tuple(made.degrees.values()))
@@ -88,17 +107,27 @@ def plan(
     *,
     degree: str | int = "auto",
     plan: Plan | str | Path | None = None,
+    hardware: str | Path | Hardware | None = None,
+    batch: int | None = None,
+    sequence: int | None = None,
+    memory: float | None = None,
+    optimizer: str = "adamw",
+    checkpoint: str | None = None,
+    uniform: bool = False,
     strict: bool = False,
 ) -> Plan:
     """The plan that ``parallelize`` would follow. No process group, no GPU; meta models too.
 
     Args: as ``parallelize``.
+        checkpoint: ``"layer"``: plan for activations that are computed again, layer by layer.
 
     Raises: as ``parallelize``.
     """
     _check_model(model, tp)
-    program, request, _ = _analysed(model, tp, example_inputs, degree, plan)
-    made, _ = assign_degrees(program.analysis, tp, request)
+    target = Target(hardware, batch, sequence, memory, optimizer, checkpoint, uniform)
+    program, request, example = _analysed(model, tp, example_inputs, degree, plan)
+    costs = _costs(program, model, tp, target, example, example_inputs)
+    made, _ = planned(program.analysis, tp, request, costs, uniform)
     _check_plan(made, tp, strict)
     return made
 
@@ -111,10 +140,16 @@ def _analysed(
     return analyse(skeleton(model), args, kwargs, tp), request, (args, kwargs)
 
 
+def _costs(
+    program: Program, model: nn.Module, tp: int, target: Target, example: Inputs, given: Any
+) -> Costs:
+    return Costs(program.analysis, tp, setting_of(target, model, example, given is not None))
+
+
 def _request(model: nn.Module, tp: int, degree: str | int, given: Any) -> Request:
     if given is None:
         if degree in ("auto", "max"):
-            return "max"
+            return degree
         if isinstance(degree, bool) or not isinstance(degree, int) or degree < 1 or tp % degree:
             raise ValueError(f'degree={degree!r} must be "auto", "max" or a divisor of tp={tp}')
         return degree

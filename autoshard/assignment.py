@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+from autoshard.analysis import Split
 from autoshard.axes import Axis, Size, atoms_of
 from autoshard.layouts import Concat, Layout, Leaf, Product, is_disjoint, is_split
 
@@ -46,6 +47,17 @@ class Assignment:
         if paddable and rows >= ALIGNED_FROM and (atom.size % parts or rows % 8):
             padded = -(-rows // ALIGNMENT) * ALIGNMENT
         self.cuts[atom] = Cut(degree, parts, stride, rows, padded)
+
+    def cut_all(self, splits: Iterable[Split], degree: int) -> None:
+        """Cut the axes of all splits over ``degree`` ranks, the outermost slowest."""
+        for split in splits:
+            parts = split.parts(degree)
+            assert parts is not None
+            stride = degree
+            for atom, count in zip(split.atoms, parts, strict=True):
+                stride //= count
+                if count > 1:
+                    self.cut(atom, degree, count, stride, split.paddable)
 
     def cuts_in(self, dims: Iterable[Axis]) -> dict[Axis, Cut]:
         """The cut axes among some dimensions."""

@@ -27,14 +27,14 @@ class Flow:
     Attributes:
         inside: value -> ranks of the group that it is inside of; whole values are not in it.
         degree: call -> ranks of the group that it runs in, 1 not included.
-        copied: (whole value, degree) -> the first call that a ``copy`` of it is made for.
+        copied: (whole value, degree) -> the calls that a ``copy`` of it is made for, one for all.
         reduced: call whose result is all-reduced -> why: ``sum``, ``lookup`` (of a table's rows), or
             ``loss`` (of scalars per token).
     """
 
     inside: dict[fx.Node, int] = field(default_factory=dict)
     degree: dict[fx.Node, int] = field(default_factory=dict)
-    copied: dict[tuple[fx.Node, int], fx.Node] = field(default_factory=dict)
+    copied: dict[tuple[fx.Node, int], list[fx.Node]] = field(default_factory=dict)
     reduced: dict[fx.Node, str] = field(default_factory=dict)
 
 
@@ -70,7 +70,7 @@ def _call(node: fx.Node, call: Call, axes: Axes, assignment: Assignment, found: 
         operand = call.tensor(*slot)
         after = summed and slot in call.added_once
         if operand in axes.differentiable and operand not in found.inside and not after:
-            found.copied.setdefault((operand, degree), node)
+            found.copied.setdefault((operand, degree), []).append(node)
     if call.lookup is not None and assignment.cuts_in([call.lookup]):
         found.reduced[node] = LOOKUP if ("indices", None) in call.operands else LOSS
     elif summed:

@@ -213,6 +213,7 @@ class _Reduce(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: Group, inplace: bool) -> Tensor:
         inplace = inplace and x.is_contiguous() and not x._is_view() and not _is_leaf(x)
+        inplace = inplace and not torch.compiler.is_compiling()  # functional collectives there
         if inplace:
             ctx.mark_dirty(x)
         y = group.all_reduce(x, inplace=inplace)

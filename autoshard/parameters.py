@@ -9,7 +9,6 @@ back into the model's order.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import lru_cache
 
 import torch
 import torch.distributed as dist
@@ -19,6 +18,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from autoshard import layouts
 from autoshard.compat import shares
 from autoshard.mesh import Mesh
+from autoshard.paths import layer_of
 
 Stored = tuple[int, layouts.Layout, int]  # dimension, layout, degree
 
@@ -52,18 +52,11 @@ def local(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
             if torch.compiler.is_compiling():
                 found[name] = parameter.to_local()
             else:
-                layers.setdefault(_layer(name), {})[name] = parameter
+                path = name.rpartition(".")[0]
+                layers.setdefault(layer_of(path) or path, {})[name] = parameter
     for layer in layers.values():
         found.update(zip(layer, shares(list(layer.values())), strict=True))
     return found
-
-
-@lru_cache(maxsize=65536)
-def _layer(name: str) -> str:
-    """``transformer.h.0`` for ``transformer.h.0.mlp.c_fc.weight``; else the module's path."""
-    parts = name.split(".")
-    places = [i for i, part in enumerate(parts) if part.isdecimal()]
-    return ".".join(parts[: places[0] + 1] if places else parts[:-1])
 
 
 def in_model_order(stored: Stored | None) -> bool:

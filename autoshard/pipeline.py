@@ -19,6 +19,7 @@ from autoshard.passes.check import check
 from autoshard.passes.match import match
 from autoshard.passes.normalize import normalize
 from autoshard.passes.shard import shard
+from autoshard.planning import Costs, planned
 from autoshard.plans import Plan
 from autoshard.progress import Stages
 from autoshard.sharded import Sharded
@@ -72,13 +73,26 @@ def analyse(
 
 
 def rewrite(
-    program: Program, tp: int, request: Request, keep_split: Collection[int] = ()
+    program: Program,
+    tp: int,
+    request: Request,
+    keep_split: Collection[int] = (),
+    costs: Costs | None = None,
+    uniform: bool = False,
 ) -> tuple[Plan, Sharded]:
-    """Decide the degrees, write the rank's graph, and check it."""
+    """Decide the degrees, write the rank's graph, and check it.
+
+    Args:
+        costs: for ``request="auto"``, and for what the plan says of time and memory.
+        uniform: ``"auto"`` takes the degrees 1 and ``tp`` only.
+    """
     analysis = program.analysis
     with Stages(program.seconds, ("plan", "shard", "check")) as stages:
         with stages.stage("plan"):
-            plan, assignment = assign_degrees(analysis, tp, request)
+            if costs is None:
+                plan, assignment = assign_degrees(analysis, tp, request)
+            else:
+                plan, assignment = planned(analysis, tp, request, costs, uniform)
         with stages.stage("shard"):
             sharded = shard(analysis.graph, analysis.axes, assignment, keep_split)
         with stages.stage("check"):

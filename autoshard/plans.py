@@ -6,9 +6,22 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from autoshard.errors import PlanError
+
+if TYPE_CHECKING:
+    from autoshard.cost_model.model import Predicted
+
+    class Costs(Protocol):
+        """What a plan knows of time and memory."""
+
+        def predict(self, degrees: Mapping[str, int]) -> Predicted:
+            """One step on one rank."""
+
+        def formula(self, name: str) -> Any:
+            """Seconds of a region, as a sympy expression."""
+
 
 FORMAT = 1
 
@@ -113,11 +126,37 @@ class Plan:
     fingerprint: str = ""
     notes: tuple[str, ...] = ()
     _again: Callable[[Mapping[str, int]], Plan] | None = field(default=None, repr=False, compare=False)
+    _costs: Costs | None = field(default=None, repr=False, compare=False)
 
     @property
     def degrees(self) -> dict[str, int]:
         """Region name -> degree."""
         return {region.name: region.degree for region in self.regions}
+
+    @property
+    def predicted(self) -> Predicted:
+        """What the cost model says of one step of forward and backward on one rank.
+
+        Raises:
+            PlanError: a plan read from a file, which has not met its model.
+        """
+        return self._known_costs().predict(self.degrees)
+
+    def cost_formula(self, name: str) -> Any:
+        """Seconds of a region in batch ``B``, sequence ``S``, degree ``d`` and hardware constants.
+
+        Returns:
+            A sympy expression; its symbols' numbers are in ``autoshard.cost_model.formulas``.
+
+        Raises:
+            PlanError: no such region, or a plan read from a file.
+        """
+        return self._known_costs().formula(self.region(name).name)
+
+    def _known_costs(self) -> Costs:
+        if self._costs is None:
+            raise PlanError("a plan read from a file knows no costs: pass it to plan(model, plan=...)")
+        return self._costs
 
     @property
     def parameter_numel_per_rank(self) -> int:

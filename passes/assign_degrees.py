@@ -11,7 +11,6 @@ import math
 import operator
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from functools import partial
 
 from torch import fx
 
@@ -52,7 +51,7 @@ def assign_degrees(analysis: Analysis, tp: int, request: Request) -> tuple[Plan,
                 )
     for candidate, degree in zip(analysis.candidates, degrees, strict=True):
         if degree > 1:
-            _cut(assignment, candidate, degree)
+            assignment.cut_all(candidate.splits, degree)
     plan = Plan(
         tp=tp,
         regions=_regions(analysis, assignment, tp, degrees, request),
@@ -61,13 +60,8 @@ def assign_degrees(analysis: Analysis, tp: int, request: Request) -> tuple[Plan,
         unknown=tuple(dict.fromkeys(analysis.axes.unknown)),
         sharded_fraction=_sharded_fraction(analysis, assignment, tp),
         fingerprint=fingerprint(analysis.shapes),
-        _again=partial(_again, analysis, tp),
     )
     return plan, assignment
-
-
-def _again(analysis: Analysis, tp: int, degrees: Mapping[str, int]) -> Plan:
-    return assign_degrees(analysis, tp, degrees)[0]
 
 
 def fingerprint(shapes: Mapping[str, tuple[int, ...]]) -> str:
@@ -96,17 +90,6 @@ def _degree(candidate: Candidate, tp: int, request: Request) -> int:
     return degree
 
 
-def _cut(assignment: Assignment, candidate: Candidate, degree: int) -> None:
-    for split in candidate.splits:
-        parts = split.parts(degree)
-        assert parts is not None
-        stride = degree
-        for atom, count in zip(split.atoms, parts, strict=True):
-            stride //= count
-            if count > 1:
-                assignment.cut(atom, degree, count, stride, split.paddable)
-
-
 def _regions(
     analysis: Analysis, assignment: Assignment, tp: int, degrees: list[int], request: Request
 ) -> tuple[Region, ...]:
@@ -130,8 +113,8 @@ def _collectives(analysis: Analysis, found: Flow) -> dict[str, list[str]]:
             sources = [s for n in node.all_input_nodes for s in (n, *n.all_input_nodes)]
             owner[node] = next(owner[n] for n in sources if n in owner)
     lines: dict[str, list[str]] = {r.name: [] for r in regions}
-    for (value, _), call in found.copied.items():
-        lines[owner[call]].append(f"backward all-reduce of the gradient of {value.name}")
+    for (value, _), calls in found.copied.items():
+        lines[owner[calls[0]]].append(f"backward all-reduce of the gradient of {value.name}")
     for call, why in found.reduced.items():
         scalars = f"forward all-reduce of per-token scalars, twice ({call.name})"
         lines[owner[call]].append(scalars if why == LOSS else f"forward all-reduce of {call.name}")
@@ -164,7 +147,7 @@ def _describe(
     if any(s.paddable for s in candidate.splits) and degree > 1:
         reason = f"{' | '.join(sizes)} rows over {degree} ranks"
         cut = Assignment()
-        _cut(cut, candidate, degree)
+        cut.cut_all(candidate.splits, degree)
         wide = max(c.padded * c.parts for c in cut.cuts.values())
         if wide != candidate.splits[0].atoms[0].size:
             reason += f", padded to {wide}"

@@ -317,7 +317,9 @@ class _Sharder:
             result = self._create(node, "scale", aten.mul.Tensor, (result, alpha))
         if factor != 1:
             result = self._create(node, "scale", aten.mul.Tensor, (result, factor))
-        result = self._create(node, "reduce", ops.reduce, (result, group))
+        # A product's result is nobody else's and not kept for its gradient: reduced in its memory.
+        args = (result, group, True) if call.flops else (result, group)
+        result = self._create(node, "reduce", ops.reduce, args)
         if call.added_once:
             kwargs = {} if beta == 1 else {"alpha": beta}
             result = self._create(node, "add", aten.add.Tensor, (result, self._bias), kwargs)

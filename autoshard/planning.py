@@ -1,0 +1,230 @@
+"""Planning: what a model is planned for, and the costs that choose the degrees.
+
+Between the analysis (facts) and ``assign_degrees`` (which carries a decision out): the workload of
+the graph, on a machine, at a batch and a sequence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from autoshard.analysis import Analysis
+from autoshard.assignment import Assignment
+from autoshard.cost_model.hardware import Hardware, at_hand, load
+from autoshard.cost_model.model import OPTIMIZERS, CostModel, Predicted, Setting
+from autoshard.cost_model.search import NoFit
+from autoshard.cost_model.work import B, S, Unit
+from autoshard.errors import PlanError
+from autoshard.inputs import Inputs
+from autoshard.passes.assign_degrees import Request, assign_degrees
+from autoshard.passes.workload import workload
+from autoshard.plans import Plan
+
+BATCH, SEQUENCE = 8, 1024  # planned for where nothing says otherwise
+
+
+@dataclass(frozen=True)
+class Target:
+    """What the user asked to plan for; None: found out.
+
+    Attributes:
+        hardware: a preset's name, a profile's path, or a ``Hardware``; the GPU at hand, else h100.
+        batch, sequence: of one step; those of given example inputs, else 8 and the model's longest.
+        memory: bytes that a rank may use; the device's.
+        optimizer: whose state is counted.
+        checkpoint: ``"layer"`` or None.
+        uniform: only the degrees 1 and tp.
+    """
+
+    hardware: str | Path | Hardware | None = None
+    batch: int | None = None
+    sequence: int | None = None
+    memory: float | None = None
+    optimizer: str = "adamw"
+    checkpoint: str | None = None
+    uniform: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("batch", "sequence"):
+            value = getattr(self, name)
+            sound = isinstance(value, int) and not isinstance(value, bool) and value > 0
+            if value is not None and not sound:
+                raise ValueError(f"{name}={value!r} must be a positive number")
+        if self.memory is not None and not (
+            isinstance(self.memory, (int, float))
+            and not isinstance(self.memory, bool)
+            and self.memory > 0
+        ):
+            raise ValueError(f"memory={self.memory!r} must be a positive number of bytes")
+        if self.optimizer not in OPTIMIZERS:
+            raise ValueError(f"optimizer={self.optimizer!r} must be one of {', '.join(OPTIMIZERS)}")
+        if self.checkpoint not in (None, "layer"):
+            raise ValueError(f"checkpoint={self.checkpoint!r} must be None or 'layer'")
+        if self.hardware is not None:
+            load(self.hardware)
+
+
+def setting_of(target: Target, model: nn.Module, example: Inputs, given: bool) -> Setting:
+    """Numbers for everything that the target leaves open.
+
+    Args:
+        example: the example inputs.
+        given: whether the user gave them; found ones say nothing about the size of a step.
+    """
+    hardware = at_hand() if target.hardware is None else load(target.hardware)
+    batch, sequence = target.batch, target.sequence
+    tensors = [t for t in pytree.tree_leaves(example) if isinstance(t, Tensor) and t.dim()]
+    if given and tensors:
+        batch = batch or int(tensors[0].shape[0])
+        longest = max((int(t.shape[1]) for t in tensors if t.dim() > 1), default=1)
+        sequence = sequence or longest
+    return Setting(
+        hardware,
+        batch or BATCH,
+        sequence or _longest(model),
+        hardware.memory if target.memory is None else float(target.memory),
+        target.optimizer,
+        target.checkpoint,
+    )
+
+
+def _longest(model: nn.Module) -> int:
+    """The longest sequence that the model says it takes."""
+    config = getattr(model, "config", None)
+    for name in ("max_position_embeddings", "n_positions", "max_sequence_length", "block_size"):
+        for holder in (config, model):
+            value = getattr(holder, name, None)
+            if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+                return value
+    return SEQUENCE
+
+
+class Costs:
+    """The cost model of an analysed graph, made when it is first asked."""
+
+    def __init__(self, analysis: Analysis, tp: int, setting: Setting) -> None:
+        self.analysis, self.tp, self.setting = analysis, tp, setting
+
+    @cached_property
+    def model(self) -> CostModel:
+        """The workload on the machine."""
+        work = workload(self.analysis, self.tp)
+        self._check_sizes(work)
+        return CostModel(work, self.setting, self.tp)
+
+    def _check_sizes(self, work: Any) -> None:
+        """A size that the capture fixed cannot be planned for another."""
+        from autoshard.passes.workload import input_sizes
+
+        fixed = input_sizes(self.analysis)
+        for symbol, name in ((B, "batch"), (S, "sequence")):
+            wanted = getattr(self.setting, name)
+            if symbol in fixed and fixed[symbol] != wanted:
+                raise PlanError(
+                    f"the graph holds for a {name} of {fixed[symbol]} only, and {name}={wanted} is "
+                    f"planned for: pass example_inputs with a {name} of 2 or more"
+                )
+
+    def predict(self, degrees: Mapping[str, int]) -> Predicted:
+        """One step on one rank at these degrees."""
+        return self.model.predict(degrees)
+
+    def unit(self, name: str) -> Unit:
+        """The region's work."""
+        return next(u for u in self.model.workload.units if u.name == name)
+
+    def formula(self, name: str) -> Any:
+        """Seconds of a region as a sympy expression."""
+        return self.model.formula(self.unit(name))
+
+    def seconds(self, name: str, degree: int) -> float:
+        """The formula's number."""
+        return self.model.evaluate(self.formula(name), degree)
+
+    def choose(self, uniform: bool) -> tuple[dict[str, int], dict[str, str]]:
+        """Degree and reason of each region.
+
+        Raises:
+            PlanError: not enough memory; the nearest miss and what would fix it.
+        """
+        try:
+            degrees = self.model.choose(uniform)
+        except NoFit as miss:
+            raise PlanError(self._no_fit(miss)) from None
+        return degrees, {u.name: self._reason(u, degrees[u.name]) for u in self.model.workload.units}
+
+    def _no_fit(self, miss: NoFit) -> str:
+        rest, limit = self.model.rest.memory_per_rank, self.setting.memory
+        need = miss.bytes + rest
+        fixes = [f"more ranks than tp={self.tp}"]
+        if not self.setting.checkpoint:
+            again = CostModel(self.model.workload, replace(self.setting, checkpoint="layer"), self.tp)
+            smaller = min(
+                again.predict(
+                    {u.name: d for u, d in zip(again.workload.units, self._of(miss), strict=True)}
+                ).memory_per_rank,
+                need,
+            )
+            fixes.append(f"checkpoint='layer' ({smaller / 2**30:.2f} GiB)")
+        if self.setting.batch > 1:
+            fixes.append(f"a batch smaller than {self.setting.batch}")
+        return (
+            f"no choice of degrees fits in memory={limit / 2**30:.2f} GiB a rank: the smallest takes "
+            f"{need / 2**30:.2f} GiB ({rest / 2**30:.2f} GiB of it whole on every rank). What would "
+            f"help: {', '.join(fixes)}"
+        )
+
+    def _of(self, miss: NoFit) -> list[int]:
+        ties = sorted({u.tie for u in self.model.workload.units})
+        return [miss.degrees[ties.index(u.tie)] for u in self.model.workload.units]
+
+    def _reason(self, unit: Unit, degree: int) -> str:
+        """What its collectives cost, and what the split saves elsewhere."""
+        times = {d: self.model.of(unit, d) for d in unit.work}
+        shared = {
+            d: sum(h.seconds.get(d, 0.0) for h in self.model.hubs if unit.tie in h.users) for d in times
+        }
+        whole = times[1]
+        other = (
+            degree
+            if degree > 1
+            else min(
+                (d for d in times if d > 1), key=lambda d: times[d].step_time + shared[d], default=1
+            )
+        )
+        if other == 1:
+            return "its axes take no other degree"
+        spent = times[other].exposed_communication_time + shared[other]
+        saved = whole.step_time - (times[other].step_time - times[other].exposed_communication_time)
+        sign = ">" if spent > saved else "<"
+        text = f"degree {degree}: all-reduce {_time(spent)} {sign} saved {_time(saved)}"
+        if degree > 1 and spent > saved:
+            text += "; split to fit in memory"
+        return text
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds * 1e3:.2f} ms" if abs(seconds) >= 1e-3 else f"{seconds * 1e6:.0f} us"
+
+
+def planned(
+    analysis: Analysis, tp: int, request: Request, costs: Costs, uniform: bool = False
+) -> tuple[Plan, Assignment]:
+    """The plan for a request; ``"auto"``: what the cost model chooses."""
+    reasons: dict[str, str] = {}
+    if request == "auto":
+        request, reasons = costs.choose(uniform)
+    plan, assignment = assign_degrees(analysis, tp, request)
+
+    def again(degrees: Mapping[str, int]) -> Plan:
+        return planned(analysis, tp, degrees, costs)[0]
+
+    regions = tuple(replace(r, reason=reasons.get(r.name, r.reason)) for r in plan.regions)
+    return replace(plan, regions=regions, _again=again, _costs=costs), assignment

@@ -1,0 +1,103 @@
+"""Formulas: seconds of each kind of work, as sympy expressions in sizes and hardware constants.
+
+    product      2 b m n k / rate (1 + m0/m + n0/n + k0/k) + kernel,  at least bytes / bandwidth
+    attention    flops / rate of its kernel + kernel
+    traffic      bytes / bandwidth + kernel
+    all-reduce   latency log2(d) + 2 (d-1)/d bytes / bus          (ring; Megatron's f and g)
+    all-gather   latency log2(d) + (d-1)/d bytes / bus
+
+The host's time is what Python and the launches take. Kernels run behind it, so a phase of a region
+takes the longer of the two: ``Max(device, host)``. No collective is hidden behind a kernel: the
+rewritten graph waits for each.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from typing import Any, TypeAlias
+
+import sympy
+
+from autoshard.cost_model.hardware import Hardware
+from autoshard.cost_model.work import Attention, Collective, Item, Phase, Product, Traffic, total
+
+Expr: TypeAlias = Any
+
+BANDWIDTH, KERNEL = sympy.symbols("bandwidth kernel", positive=True)
+M0, N0, K0 = sympy.symbols("m0 n0 k0", nonnegative=True)
+LATENCY, BUS = sympy.symbols("latency bus", positive=True)
+BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
+PHASES = ("forward", "backward")
+
+COMPUTE, MEMORY, COMMUNICATION = "compute", "memory traffic", "communication"
+
+
+def kind_of(item: Item) -> str:
+    """What an item's time counts as."""
+    if isinstance(item, Collective):
+        return COMMUNICATION
+    return MEMORY if isinstance(item, Traffic) else COMPUTE
+
+
+def seconds(item: Item) -> Expr:
+    """The time of one item on the device."""
+    match item:
+        case Product(batch, m, n, k, dtype):
+            fill = 1 + M0 / m + N0 / n + K0 / k
+            moved = BYTES.get(dtype, 4) * batch * (m * k + k * n + m * n)
+            return sympy.Max(item.flops / _rate(dtype) * fill, moved / BANDWIDTH) + KERNEL
+        case Attention(flops, kernel, backward, _):
+            work = flops * sympy.Rational(5, 2) if backward else flops
+            return work / sympy.Symbol(f"attention_{kernel}_{PHASES[backward]}", positive=True) + KERNEL
+        case Traffic(size, operator, backward):
+            times = sympy.Symbol(f"{operator}_{PHASES[backward]}", positive=True) if operator else 1
+            return times * size / BANDWIDTH + KERNEL
+        case Collective(kind, size, degree):
+            ways = 2 if kind == "all_reduce" else 1
+            hops = sympy.log(degree) / sympy.log(2)
+            return LATENCY * hops + ways * (degree - 1) * size / (degree * BUS)
+
+
+def device(items: Iterable[Item]) -> Expr:
+    """The sum over items, equal ones counted once."""
+    return total(count * seconds(item) for item, count in Counter(items).items())
+
+
+def host(phase: Phase, backward: bool) -> Expr:
+    """The host's time of a phase."""
+    return total(
+        count * sympy.Symbol(f"host_{kind}_{PHASES[backward]}", nonnegative=True)
+        for kind, count in phase.host
+    )
+
+
+def phase_time(phase: Phase, backward: bool) -> Expr:
+    """Seconds of a phase: the device's or the host's, whichever is longer."""
+    return sympy.Max(device(phase.items), host(phase, backward))
+
+
+def constants(hardware: Hardware, degree: int) -> dict[str, float]:
+    """The numbers of all hardware symbols, for groups of so many ranks."""
+    values = {
+        "bandwidth": hardware.bandwidth, "kernel": hardware.kernel,
+        "m0": hardware.fill[0], "n0": hardware.fill[1], "k0": hardware.fill[2],
+    }  # fmt: skip
+    for dtype in BYTES:
+        values[f"rate_{dtype}"] = hardware.rate(dtype)
+    for name, pair in hardware.attention.items():
+        for way, value in zip(PHASES, pair, strict=True):
+            values[f"attention_{name}_{way}"] = value
+    for table, prefix in ((hardware.passes, ""), (hardware.host, "host_")):
+        for name, pair in table.items():
+            for way, value in zip(PHASES, pair, strict=True):
+                values[f"{prefix}{name}_{way}"] = value
+    values["latency"] = values["bus"] = 1.0
+    if degree > 1:
+        link = hardware.link(degree)
+        values |= {"latency": link.latency, "bus": link.bandwidth}
+    return values
+
+
+def _rate(dtype: str) -> Expr:
+    return sympy.Symbol(f"rate_{dtype if dtype in BYTES else 'float32'}", positive=True)

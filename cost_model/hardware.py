@@ -1,0 +1,206 @@
+"""Hardware: a machine as data. Presets with their sources, and profiles that ``calibrate`` wrote.
+
+Units: seconds, bytes, FLOP/s, bytes/s.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+PROFILES = Path(__file__).resolve().parent / "profiles"
+
+
+class HardwareError(ValueError):
+    """An unknown name, or a profile with a field that is missing or wrong."""
+
+
+@dataclass(frozen=True)
+class Link:
+    """All-reduces among so many neighbouring ranks.
+
+    Attributes:
+        ranks: the largest group inside this level (8: one node).
+        latency: seconds of an all-reduce of nothing over two ranks; log2(d) times that over d.
+        bandwidth: bytes/s per rank and direction that a large ring all-reduce reaches:
+            time = latency log2(d) + 2 (d-1)/d bytes / bandwidth.
+    """
+
+    ranks: int
+    latency: float
+    bandwidth: float
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """What the formulas need to know of a machine.
+
+    Attributes:
+        name, device: of the profile, and as the driver calls the device.
+        memory: bytes of one device.
+        flops: dtype -> FLOP/s that a large product reaches.
+        fill: (m0, n0, k0): a product of [m, k] and [k, n] reaches 1 / (1 + m0/m + n0/n + k0/k) of it.
+        bandwidth: bytes/s of memory that a large copy reaches.
+        kernel: seconds that the smallest kernel takes on the device.
+        attention: kernel -> (forward, backward) FLOP/s, counted as if nothing were masked.
+        passes: operator -> (forward, backward) times that the result's bytes cross the memory.
+        host: node kind -> (forward, backward) seconds of Python and launch.
+        links: levels of the network, from the inside out.
+        overlap: share of the collectives' time that the runtime hides: 0, it hides none.
+        source: where the numbers come from; date, versions and fit_error of a measured profile.
+    """
+
+    name: str
+    device: str
+    memory: float
+    flops: Mapping[str, float]
+    fill: tuple[float, float, float]
+    bandwidth: float
+    kernel: float
+    attention: Mapping[str, tuple[float, float]]
+    passes: Mapping[str, tuple[float, float]]
+    host: Mapping[str, tuple[float, float]]
+    links: tuple[Link, ...]
+    source: str = ""
+    date: str = ""
+    versions: Mapping[str, str] = field(default_factory=dict)
+    fit_error: Mapping[str, float] = field(default_factory=dict)
+
+    def rate(self, dtype: str) -> float:
+        """FLOP/s for a dtype; of the nearest wider one that is known."""
+        for known in (dtype, *{"float16": ("bfloat16",), "bfloat16": ("float16",)}.get(dtype, ())):
+            if known in self.flops:
+                return self.flops[known]
+        if dtype == "float64" and "float32" in self.flops:
+            return self.flops["float32"] / 2
+        return min(self.flops.values())
+
+    def link(self, degree: int) -> Link:
+        """The level that a group of so many neighbouring ranks spans."""
+        for link in self.links:
+            if degree <= link.ranks:
+                return link
+        if not self.links:
+            raise HardwareError(
+                f"the profile {self.name!r} was measured on one device and knows no link; calibrate "
+                "under torchrun with as many processes as tp, or name a preset"
+            )
+        return self.links[-1]
+
+    def save(self, path: str | Path) -> None:
+        """Write the profile as JSON."""
+        Path(path).write_text(json.dumps({"autoshard_hardware": 1} | asdict(self), indent=1) + "\n")
+
+
+def presets() -> tuple[str, ...]:
+    """The names that ``hardware=`` knows."""
+    return tuple(sorted(path.stem for path in PROFILES.glob("*.json")))
+
+
+def load(hardware: str | Path | Hardware) -> Hardware:
+    """A preset by name, a profile by path, or a ``Hardware`` as it is.
+
+    Raises:
+        HardwareError: an unknown name (lists the known), or a malformed profile (names the field).
+    """
+    if isinstance(hardware, Hardware):
+        return hardware
+    path = PROFILES / f"{hardware}.json"
+    if not path.exists():
+        path = Path(hardware)
+    if not path.is_file():
+        raise HardwareError(
+            f"hardware={str(hardware)!r} is neither a known name ({', '.join(presets())}) nor a file"
+        )
+    return _read(path)
+
+
+@lru_cache(maxsize=64)
+def _read(path: Path) -> Hardware:
+    try:
+        document: Any = json.loads(path.read_text())
+    except ValueError as error:
+        raise HardwareError(f"{path} is no JSON: {error}") from None
+    if not isinstance(document, dict) or document.get("autoshard_hardware") != 1:
+        raise HardwareError(f"{path} is no hardware profile: field 'autoshard_hardware' must be 1")
+
+    def number(name: str, value: Any, least: float = 0.0) -> float:
+        sound = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if not sound or not math.isfinite(value) or value < least:
+            raise HardwareError(f"{path}: field {name!r} must be a number >= {least}, is {value!r}")
+        return float(value)
+
+    def positive(name: str, value: Any) -> float:
+        if number(name, value) == 0:
+            raise HardwareError(f"{path}: field {name!r} must be positive, is {value!r}")
+        return float(value)
+
+    def table(name: str) -> dict[str, Any]:
+        found = document.get(name)
+        if not isinstance(found, dict):
+            raise HardwareError(f"{path}: field {name!r} must be an object, is {found!r}")
+        return found
+
+    def pairs(name: str) -> dict[str, tuple[float, float]]:
+        found = {}
+        for key, value in table(name).items():
+            if not isinstance(value, list) or len(value) != 2:
+                raise HardwareError(f"{path}: field '{name}.{key}' must be two numbers, is {value!r}")
+            found[key] = (number(f"{name}.{key}", value[0]), number(f"{name}.{key}", value[1]))
+        return found
+
+    fill, links = document.get("fill"), document.get("links")
+    if not isinstance(fill, list) or len(fill) != 3:
+        raise HardwareError(f"{path}: field 'fill' must be three numbers, is {fill!r}")
+    if not isinstance(links, list) or not all(isinstance(link, dict) for link in links):
+        raise HardwareError(f"{path}: field 'links' must be a list of objects, is {links!r}")
+    flops = {k: positive(f"flops.{k}", v) for k, v in table("flops").items()}
+    if not flops:
+        raise HardwareError(f"{path}: field 'flops' names no dtype")
+    return Hardware(
+        name=str(document.get("name", path.stem)),
+        device=str(document.get("device", "")),
+        memory=positive("memory", document.get("memory")),
+        flops=flops,
+        fill=(number("fill", fill[0]), number("fill", fill[1]), number("fill", fill[2])),
+        bandwidth=positive("bandwidth", document.get("bandwidth")),
+        kernel=number("kernel", document.get("kernel")),
+        attention={k: _rates(path, k, v) for k, v in pairs("attention").items()},
+        passes=pairs("passes"),
+        host=pairs("host"),
+        links=tuple(
+            Link(
+                int(positive(f"links.{i}.ranks", link.get("ranks"))),
+                number(f"links.{i}.latency", link.get("latency")),
+                positive(f"links.{i}.bandwidth", link.get("bandwidth")),
+            )
+            for i, link in enumerate(links)
+        ),
+        source=str(document.get("source", "")),
+        date=str(document.get("date", "")),
+        versions=dict(document.get("versions", {})),
+        fit_error=dict(document.get("fit_error", {})),
+    )
+
+
+def _rates(path: Path, kernel: str, pair: tuple[float, float]) -> tuple[float, float]:
+    if not min(pair) > 0:
+        raise HardwareError(f"{path}: field 'attention.{kernel}' must be positive, is {list(pair)}")
+    return pair
+
+
+def at_hand() -> Hardware:
+    """The profile of the GPU at hand, else ``h100``."""
+    import torch
+
+    if torch.cuda.is_available():
+        name = torch.cuda.get_device_name().lower()
+        for preset in presets():
+            if preset in name.replace("-", " ").split() or preset in name:
+                return load(preset)
+    return load("h100")

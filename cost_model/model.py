@@ -1,0 +1,288 @@
+"""The cost model: seconds and bytes of a workload on a machine, at given degrees.
+
+One step is a forward and a backward pass on one rank. Formulas are sympy expressions
+(``formulas.py``); numbers come from them by ``lambdify``, once per kind of work.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from typing import Any, TypeAlias
+
+import sympy
+
+from autoshard.cost_model import formulas
+from autoshard.cost_model.formulas import COMMUNICATION, COMPUTE, MEMORY
+from autoshard.cost_model.hardware import Hardware
+from autoshard.cost_model.search import Hub, Option, search
+from autoshard.cost_model.work import Attention, B, D, Item, Phase, Product, S, Unit, Work, Workload
+
+Expr: TypeAlias = Any
+
+# Optimizer -> (states in the parameter's dtype, further bytes per element).
+OPTIMIZERS: dict[str, tuple[int, int]] = {
+    "none": (0, 0),
+    "sgd": (0, 0),
+    "momentum": (1, 0),
+    "adamw": (2, 0),
+    "adamw-mixed": (0, 12),  # a float32 copy and two float32 moments beside bf16 weights
+    "adafactor": (0, 0),  # a row and a column per matrix
+}
+
+
+@dataclass(frozen=True)
+class Predicted:
+    """What the cost model says of one step of forward and backward on one rank.
+
+    Times in seconds: ``step_time`` is the sum of compute (matrix products, attention), memory
+    traffic (what is bound by memory), exposed communication (nothing hides a collective: all of it)
+    and launch (where Python and the launches take longer than the device). Memory in bytes.
+    """
+
+    step_time: float
+    compute_time: float
+    exposed_communication_time: float
+    memory_traffic_time: float
+    launch_time: float
+    flops_per_rank: float
+    memory_per_rank: float
+    parameter_memory: float
+    gradient_memory: float
+    optimizer_memory: float
+    activation_memory: float
+
+    def __add__(self, other: Predicted) -> Predicted:
+        mine, theirs = vars(self), vars(other)
+        return Predicted(**{name: value + theirs[name] for name, value in mine.items()})
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a model is planned for.
+
+    Attributes:
+        hardware: the machine.
+        batch, sequence: of one step.
+        memory: bytes that a rank may use.
+        optimizer: a key of ``OPTIMIZERS``.
+        checkpoint: ``"layer"``: activations are computed again, layer by layer; None: kept.
+    """
+
+    hardware: Hardware
+    batch: int
+    sequence: int
+    memory: float
+    optimizer: str = "adamw"
+    checkpoint: str | None = None
+
+
+class CostModel:
+    """A workload on a machine."""
+
+    def __init__(self, workload: Workload, setting: Setting, tp: int) -> None:
+        self.workload, self.setting, self.tp = workload, setting, tp
+        self._known: dict[tuple[int, int], Predicted] = {}  # equal regions share one Work
+
+    def predict(self, degrees: Mapping[str, int]) -> Predicted:
+        """One step, every region at its degree."""
+        total = self.rest
+        for unit in self.workload.units:
+            total = total + self.of(unit, degrees[unit.name])
+        by_tie = {u.tie: degrees[u.name] for u in self.workload.units}
+        for hub in self.hubs:
+            used = {by_tie[t] for t in hub.users}
+            seconds = sum(s for d, s in hub.seconds.items() if d in used)
+            total = total + _only(seconds, exposed_communication_time=seconds)
+        return total
+
+    @cached_property
+    def rest(self) -> Predicted:
+        """What every rank does whole, and what a step costs beside its operators."""
+        host = dict(self.setting.hardware.host).get("step", (0.0, 0.0))
+        total = _only(sum(host), launch_time=sum(host))
+        for work in self.workload.rest:
+            total = total + self._work(work, 1)
+        if self.setting.checkpoint:
+            kept = self._number(self.workload.boundaries, 1)
+            total = total + _only(0.0, memory_per_rank=kept, activation_memory=kept)
+        return total
+
+    def of(self, unit: Unit, degree: int) -> Predicted:
+        """A region at a degree, without what it shares with others."""
+        return self._work(unit.work[degree], degree)
+
+    def formula(self, unit: Unit) -> Expr:
+        """Seconds of a region in ``B``, ``S``, ``d`` and hardware constants.
+
+        One expression for all degrees above 1 where they have the same collectives, by cases else;
+        with what it shares with other regions.
+        """
+        cases: list[tuple[Expr, list[int]]] = []
+        for degree in unit.work:
+            found = self._seconds(unit.work[degree])
+            found += sum((formulas.seconds(c) for (_, d), c in unit.entering.items() if d == degree), 0)
+            same = next((c for c in cases if c[0] == found), None)
+            if same is None:
+                cases.append((found, [degree]))
+            else:
+                same[1].append(degree)
+        if len(cases) == 1:
+            return cases[0][0]
+        pieces = [(e, sympy.Or(*(sympy.Eq(D, d) for d in ds))) for e, ds in cases[:-1]]
+        return sympy.Piecewise(*pieces, (cases[-1][0], True))
+
+    def evaluate(self, formula: Expr, degree: int) -> float:
+        """A formula's number at this setting."""
+        return self._number(formula, degree)
+
+    def choose(self, uniform: bool = False) -> dict[str, int]:
+        """The degrees of least predicted time that fit in memory; exact.
+
+        Args:
+            uniform: only 1 and ``tp``.
+
+        Raises:
+            NoFit: nothing fits; see ``search``.
+        """
+        ties = sorted({u.tie for u in self.workload.units})
+        options = []
+        for tie in ties:
+            members = [u for u in self.workload.units if u.tie == tie]
+            own = []
+            for degree in members[0].work:
+                between = degree not in (1, self.tp)
+                if uniform and between:
+                    continue
+                parts = [self.of(u, degree) for u in members]
+                # At equal cost 1 and tp are preferred: they keep the mesh one-dimensional.
+                seconds = sum(p.step_time for p in parts) * (1 + 1e-9 * between)
+                own.append(Option(degree, seconds, sum(p.memory_per_rank for p in parts)))
+            options.append(tuple(own))
+        place = {tie: i for i, tie in enumerate(ties)}
+        hubs = [Hub(frozenset(place[t] for t in h.users), h.seconds) for h in self.hubs]
+        degrees = search(options, hubs, self.setting.memory - self.rest.memory_per_rank)
+        return {u.name: degrees[place[u.tie]] for u in self.workload.units}
+
+    @cached_property
+    def hubs(self) -> list[Hub]:
+        """Values that regions of several ties share."""
+        users: dict[str, set[int]] = {}
+        seconds: dict[str, dict[int, float]] = {}
+        for unit in self.workload.units:
+            for (value, degree), collective in unit.entering.items():
+                users.setdefault(value, set()).add(unit.tie)
+                items = Phase((collective,), (("collective", 1),))
+                seconds.setdefault(value, {})[degree] = self._phase(items, True, degree)[0]
+        return [Hub(frozenset(users[v]), seconds[v]) for v in users]
+
+    # -- numbers -------------------------------------------------------------------------------
+
+    def _work(self, work: Work, degree: int) -> Predicted:
+        key = id(work), degree
+        if key not in self._known:
+            self._known[key] = self._predicted(work, degree)
+        return self._known[key]
+
+    def _predicted(self, work: Work, degree: int) -> Predicted:
+        again = 2 if self.setting.checkpoint and work.in_layer else 1
+        times = [(again, self._phase(work.forward, False, degree))]
+        times.append((1, self._phase(work.backward, True, degree)))
+        step, compute, memory, communication = (sum(n * t[i] for n, t in times) for i in range(4))
+        flops = again * self._flops(work.forward, degree) + self._flops(work.backward, degree)
+        states, extra = OPTIMIZERS[self.setting.optimizer]
+        elements = [(size, self._number(count, degree)) for size, count in work.parameters]
+        parameters = sum(size * count for size, count in elements)
+        optimizer = sum((states * size + extra) * count for size, count in elements)
+        kept = self._number(work.saved, degree)
+        if self.setting.checkpoint and work.in_layer:
+            kept /= max(1, self.workload.layers)  # one layer at a time
+        kept += self._number(work.gradients, degree)
+        return Predicted(
+            step_time=step,
+            compute_time=compute,
+            exposed_communication_time=communication,
+            memory_traffic_time=memory,
+            launch_time=step - compute - memory - communication,
+            flops_per_rank=flops,
+            memory_per_rank=2 * parameters + optimizer + kept,
+            parameter_memory=parameters,
+            gradient_memory=parameters,
+            optimizer_memory=optimizer,
+            activation_memory=kept,
+        )
+
+    def _phase(self, phase: Phase, backward: bool, degree: int) -> tuple[float, float, float, float]:
+        """The phase's time; and of the device: compute, memory traffic, communication."""
+        parts = [self._call(f, degree) for f in _parts(phase)]
+        device = sum(parts)
+        host = self._call(_host(phase, backward), degree)
+        return max(device, host), parts[0], parts[1], parts[2]
+
+    def _flops(self, phase: Phase, degree: int) -> float:
+        return self._number(_phase_flops(phase), degree)
+
+    def _seconds(self, work: Work) -> Expr:
+        again = 2 if self.setting.checkpoint and work.in_layer else 1
+        return again * formulas.phase_time(work.forward, False) + formulas.phase_time(
+            work.backward, True
+        )
+
+    def _number(self, size: Any, degree: int) -> float:
+        if isinstance(size, (int, float)):
+            return float(size)
+        return self._call(_compiled(sympy.sympify(size)), degree)
+
+    def _call(self, function: Any, degree: int) -> float:
+        names, call = function
+        values: dict[str, float] = {"B": self.setting.batch, "S": self.setting.sequence, "d": degree}
+        values |= self._constants(degree)
+        return float(call(*(values.get(name, 1.0) for name in names)))
+
+    def _constants(self, degree: int) -> dict[str, float]:
+        if not hasattr(self, "_by_degree"):
+            self._by_degree: dict[int, dict[str, float]] = {}
+        if degree not in self._by_degree:
+            self._by_degree[degree] = formulas.constants(self.setting.hardware, degree)
+        return self._by_degree[degree]
+
+
+def _only(seconds: float, **fields: float) -> Predicted:
+    zero = dict.fromkeys(Predicted.__dataclass_fields__, 0.0)
+    return Predicted(**(zero | {"step_time": seconds} | fields))
+
+
+@lru_cache(maxsize=4096)
+def _parts(phase: Phase) -> list[Any]:
+    kinds: dict[str, list[Item]] = {COMPUTE: [], MEMORY: [], COMMUNICATION: []}
+    for item in phase.items:
+        kinds[formulas.kind_of(item)].append(item)
+    return [_compiled(formulas.device(items)) for items in kinds.values()]
+
+
+@lru_cache(maxsize=4096)
+def _host(phase: Phase, backward: bool) -> Any:
+    return _compiled(formulas.host(phase, backward))
+
+
+@lru_cache(maxsize=4096)
+def _phase_flops(phase: Phase) -> Expr:
+    return sum(
+        (
+            item.flops * (sympy.Rational(5, 2) if isinstance(item, Attention) and item.backward else 1)
+            for item in phase.items
+            if isinstance(item, (Product, Attention))
+        ),
+        start=sympy.Integer(0),
+    )
+
+
+@lru_cache(maxsize=4096)
+def _compiled(formula: Expr) -> tuple[tuple[str, ...], Any]:
+    """A formula as a function of its symbols, by name."""
+    symbols = sorted(sympy.sympify(formula).free_symbols, key=lambda s: s.name)
+    return tuple(s.name for s in symbols), sympy.lambdify(symbols, formula, modules="math", cse=True)
+
+
+__all__ = ["OPTIMIZERS", "B", "CostModel", "D", "Predicted", "S", "Setting"]

@@ -1,0 +1,150 @@
+"""Work: what a part of a model computes, moves and communicates, as sizes. Knows no graph.
+
+Sizes are ints or sympy expressions in the batch ``B``, the sequence ``S`` and the degree ``d``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+import sympy
+
+Size: TypeAlias = Any
+
+B = sympy.Symbol("B", positive=True, integer=True)
+S = sympy.Symbol("S", positive=True, integer=True)
+D = sympy.Symbol("d", positive=True, integer=True)
+
+
+@dataclass(frozen=True)
+class Product:
+    """``batch`` products of [m, k] and [k, n]."""
+
+    batch: Size
+    m: Size
+    n: Size
+    k: Size
+    dtype: str
+
+    @property
+    def flops(self) -> Size:
+        """Multiply-adds, times two."""
+        return 2 * self.batch * self.m * self.n * self.k
+
+
+@dataclass(frozen=True)
+class Attention:
+    """The scores, softmax and sum in one kernel.
+
+    Attributes:
+        flops: of the two products, as if nothing were masked.
+        kernel: ``causal``, ``full`` or ``masked`` (an explicit mask).
+        backward: whether it is the gradient's kernel, which does 2.5 times the work.
+    """
+
+    flops: Size
+    kernel: str
+    backward: bool
+    dtype: str
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """An operator bound by memory.
+
+    Attributes:
+        bytes: read and written; or of the result, where ``operator`` is measured by name.
+        operator: the name of a measured operator, or ``""``.
+        backward: whether it is the gradient's kernel.
+    """
+
+    bytes: Size
+    operator: str = ""
+    backward: bool = False
+
+
+@dataclass(frozen=True)
+class Collective:
+    """``all_reduce`` or ``all_gather`` of a tensor of so many bytes (whole) over ``degree`` ranks."""
+
+    kind: str
+    bytes: Size
+    degree: Size
+
+
+Item: TypeAlias = Product | Attention | Traffic | Collective
+
+
+@dataclass(frozen=True)
+class Phase:
+    """Forward or backward: kernels, and the nodes that the host launches, by kind."""
+
+    items: tuple[Item, ...] = ()
+    host: tuple[tuple[str, int], ...] = ()
+
+    @property
+    def communicates(self) -> bool:
+        """Whether any of it is a collective."""
+        return any(isinstance(i, Collective) for i in self.items)
+
+
+@dataclass(frozen=True)
+class Work:
+    """One region, or what belongs to none, at one degree (or at a symbolic one).
+
+    Attributes:
+        forward, backward: of one step.
+        saved: bytes of activations kept for the backward.
+        gradients: bytes of the gradient of the logits, which exist whole at the peak.
+        parameters: elements of parameters that a rank holds, by dtype's bytes.
+        in_layer: whether activation checkpointing computes it again.
+    """
+
+    forward: Phase = Phase()
+    backward: Phase = Phase()
+    saved: Size = 0
+    gradients: Size = 0
+    parameters: tuple[tuple[int, Size], ...] = ()
+    in_layer: bool = False
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A region's work at each degree that it can take.
+
+    Attributes:
+        name: the region's name, or ``""`` for what belongs to no region.
+        tie: regions with the same number have one degree.
+        work: degree -> work; sizes hold ``B`` and ``S``, and ``d`` for the degree.
+        entering: values that enter by a ``copy`` which other regions of the same degree share:
+            (value's name, degree) -> the all-reduce of its gradient. Not part of ``work``.
+    """
+
+    name: str
+    tie: int
+    work: dict[int, Work] = field(hash=False)
+    entering: dict[tuple[str, int], Collective] = field(default_factory=dict, hash=False)
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A whole model's work.
+
+    Attributes:
+        units: the regions.
+        rest: what every rank computes whole, in layers and outside.
+        boundaries: bytes of the values at the layers' inputs (kept under checkpointing).
+        layers: number of repeated layers.
+    """
+
+    units: tuple[Unit, ...]
+    rest: tuple[Work, ...]
+    boundaries: Size = 0
+    layers: int = 0
+
+
+def total(sizes: Iterable[Size]) -> Size:
+    """The sum of sizes."""
+    return sum(sizes, start=sympy.Integer(0))

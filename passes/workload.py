@@ -1,0 +1,365 @@
+"""Workload: what each region computes, moves and communicates, at every degree that it can take.
+
+Before: a graph with its axes and candidates. After: a ``Workload``, which the cost model reads and
+which knows no graph. Sizes are local, in the batch ``B``, the sequence ``S`` and the degree ``d``;
+equal layers give equal work and are worked out once.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections import Counter, defaultdict
+from collections.abc import Collection
+from functools import cached_property
+from typing import Any, TypeAlias
+
+import sympy
+import torch
+from torch import fx
+
+from autoshard.analysis import Analysis, Candidate
+from autoshard.assignment import Assignment, stored_dim
+from autoshard.axes import Axis, atoms_of
+from autoshard.cost_model.operators import (
+    ATTENTION,
+    VIEWS,
+    Operand,
+    Operator,
+    Term,
+    keeps,
+    numel,
+    phase,
+    work_of,
+)  # fmt: skip
+from autoshard.cost_model.work import (
+    B,
+    Collective,
+    D,
+    Item,
+    S,
+    Size,
+    Traffic,
+    Unit,
+    Work,
+    Workload,
+    total,
+)  # fmt: skip
+from autoshard.flow import flow
+from autoshard.layouts import share_size
+from autoshard.paths import layer_of
+from autoshard.rules import Call
+from autoshard.rules.call import module_path, size_of
+
+Place: TypeAlias = tuple[int, int]  # a candidate's number, a region's within it
+Owner: TypeAlias = Place | bool  # a region; or none: whether in a layer
+
+
+def workload(analysis: Analysis, tp: int) -> Workload:
+    """The work of every region at each divisor of ``tp`` that it takes, and of the rest."""
+    return _Builder(analysis, tp).run()
+
+
+class _Builder:
+    def __init__(self, analysis: Analysis, tp: int) -> None:
+        self.analysis, self.axes, self.tp = analysis, analysis.axes, tp
+        self.symbols = _symbols(analysis)
+        self.cut = {
+            atom: ("cut", local)
+            for candidate in analysis.candidates
+            for atom, local in _local_sizes(candidate, tp).items()
+        }
+        self.assignments = {d: _assignment(analysis, d, tp) for d in range(1, tp + 1) if tp % d == 0}
+        self.flows = {d: flow(analysis.graph, self.axes, a) for d, a in self.assignments.items()}
+        self.terms: dict[Axis, Term] = {}
+        self.roots: dict[fx.Node, fx.Node] = {}
+        self.kept: set[fx.Node] = set()
+        self.known: dict[Any, Work] = {}
+
+    def run(self) -> Workload:
+        nodes: dict[Owner, dict[fx.Node, Operator]] = defaultdict(dict)
+        layers: set[str] = set()
+        for node in self.analysis.graph.nodes:
+            described = self._operator(node)
+            if described is not None:
+                layer = layer_of(module_path(node))
+                layers |= {layer} if layer is not None else set()
+                nodes[self.owner.get(node, layer is not None)][node] = described
+        units = []
+        for tie, candidate in enumerate(self.analysis.candidates):
+            for index, region in enumerate(candidate.regions):
+                place = tie, index
+                work = {d: self._work(nodes[place], d, place) for d in candidate.degrees(self.tp)}
+                entering = {key: c for key, (c, users) in self.shared.items() if tie in users}
+                units.append(Unit(region.name, tie, work, entering))
+        rest = tuple(self._work(nodes[inside], 1, inside) for inside in (True, False))
+        return Workload(tuple(units), rest, self._boundaries(), len(layers))
+
+    # -- who owns what -------------------------------------------------------------------------
+
+    @cached_property
+    def owner(self) -> dict[fx.Node, Place]:
+        """The region of each call; what stays inside without a split axis belongs to what it reads."""
+        owner: dict[fx.Node, Place] = {}
+        for tie, candidate in enumerate(self.analysis.candidates):
+            for index, region in enumerate(candidate.regions):
+                owner.update(dict.fromkeys(region.calls, (tie, index)))
+        for found in self.flows.values():
+            for node in found.degree:
+                sources = [s for n in node.all_input_nodes for s in (n, *n.all_input_nodes)]
+                known = [owner[n] for n in sources if n in owner]
+                if node not in owner and known:
+                    owner[node] = known[0]
+        return owner
+
+    @cached_property
+    def shared(self) -> dict[tuple[str, int], tuple[Collective, set[int]]]:
+        """Values that enter regions of several candidates by one ``copy``."""
+        shared = {}
+        for d, found in self.flows.items():
+            for (value, degree), calls in found.copied.items():
+                users = {self.owner[c][0] for c in calls if c in self.owner}
+                if degree == d and len(users) > 1:
+                    shared[value.name, d] = Collective("all_reduce", self._bytes(value), D), users
+        return shared
+
+    @cached_property
+    def copies(self) -> dict[int, dict[fx.Node, list[Size]]]:
+        """By degree and first call: bytes of the values that enter one candidate alone."""
+        copies: dict[int, dict[fx.Node, list[Size]]] = {}
+        for d, found in self.flows.items():
+            copies[d] = defaultdict(list)
+            for (value, degree), calls in found.copied.items():
+                if degree == d and (value.name, d) not in self.shared:
+                    copies[d][calls[0]].append(self._bytes(value))
+        return copies
+
+    @cached_property
+    def parameters(self) -> dict[Owner, list[fx.Node]]:
+        """Parameters that a region can split belong to it, the others to the rest."""
+        found: dict[Owner, list[fx.Node]] = defaultdict(list)
+        for node in self.axes.parameters:
+            split = any(atom in self.cut for axis in self.axes.dims[node] for atom in atoms_of(axis))
+            users = [self.owner[u] for u in node.users if u in self.owner]
+            in_layer = layer_of(self.analysis.names[node.name]) is not None
+            found[users[0] if split and users else in_layer].append(node)
+        return found
+
+    def _elements(self, owner: Owner, degree: int) -> tuple[tuple[int, int], ...]:
+        """Bytes of an element -> elements of the owner's parameters on a rank."""
+        assignment = self.assignments[degree]
+        count: Counter[int] = Counter()
+        for node in self.parameters[owner]:
+            dims, value = self.axes.dims[node], node.meta["val"]
+            elements = math.prod(int(s) for s in value.shape)
+            dim = stored_dim(dims, assignment)
+            if dim is not None:
+                elements //= int(value.shape[dim])
+                elements *= share_size(assignment.layout(dims[dim]), 0)
+            count[value.element_size()] += elements
+        return tuple(sorted(count.items()))
+
+    # -- operators -----------------------------------------------------------------------------
+
+    def _operator(self, node: fx.Node) -> Operator | None:
+        value = node.meta.get("val")
+        first = value[0] if isinstance(value, (list, tuple)) and value else value
+        if node.op != "call_function" or node.target is operator.getitem:
+            return None
+        if not isinstance(first, torch.Tensor):
+            return None
+        name, dtype = _name(node), str(first.dtype).removeprefix("torch.")
+        call = self.axes.calls.get(node)
+        if call is None:  # depends on no weight
+            shape = tuple(self._size(size_of(s)) for s in first.shape)
+            detail = "view" if name in VIEWS else ""
+            return Operator(name, (), shape, first.element_size(), dtype, detail=detail)
+        tensors = {slot: call.tensor(*slot) for slot in call.operands}
+        differentiable = self.axes.differentiable
+        flows = first.is_floating_point() and any(t in differentiable for t in tensors.values())
+        operands = tuple(
+            Operand(slot[0], self._dims(dims), tensors[slot].meta["val"].element_size(),
+                    tensors[slot] in differentiable)
+            for slot, dims in call.operands.items()
+        )  # fmt: skip
+        return Operator(
+            name, operands, self._dims(call.outputs[0] or ()), first.element_size(), dtype,
+            self._dims(tuple(call.summed)), bool(call.flops), flows, _detail(node, name, call),
+            self._saved(node, name, call), sum(u in differentiable for u in node.users),
+            sum(n in self.parameters_read for n in node.all_input_nodes),
+        )  # fmt: skip
+
+    @cached_property
+    def parameters_read(self) -> Collection[fx.Node]:
+        """The placeholders of parameters."""
+        return frozenset(self.axes.parameters)
+
+    def _saved(self, node: fx.Node, name: str, call: Call) -> tuple[str, ...]:
+        """What the node is the first to keep; a view keeps what it shows."""
+        tensors = {slot[0]: call.tensor(*slot) for slot in call.operands}
+        if _detail(node, name, call) == "off":
+            return ()
+        flowing = {slot: t in self.axes.differentiable for slot, t in tensors.items()}
+        saved = []
+        for slot in keeps(name, bool(call.flops), flowing):
+            root = self._root(tensors.get(slot, node))
+            new = root not in self.kept and root in self.axes.calls
+            if slot == "mask":
+                saved.append(slot)
+            elif new and (slot == "" or slot in tensors):
+                self.kept.add(root)
+                saved.append(slot)
+        return tuple(saved)
+
+    def _root(self, node: fx.Node) -> fx.Node:
+        """The node whose memory a view shows."""
+        if node not in self.roots:
+            inputs = node.all_input_nodes if node.op == "call_function" else []
+            is_view = node.target is operator.getitem or _name(node) in VIEWS
+            is_view = is_view or (_name(node) == "reshape" and bool(inputs) and _is_dense(inputs[0]))
+            self.roots[node] = self._root(inputs[0]) if is_view and inputs else node
+        return self.roots[node]
+
+    # -- work ----------------------------------------------------------------------------------
+
+    def _work(self, nodes: dict[fx.Node, Operator], degree: int, owner: Owner) -> Work:
+        """The sum over calls, worked out once for equal ones."""
+        in_layer = owner if isinstance(owner, bool) else any(
+            layer_of(module_path(node)) is not None for node in nodes
+        )  # fmt: skip
+        reduced = self.flows[degree].reduced
+        calls = tuple((op, reduced.get(node, "")) for node, op in nodes.items())
+        copies = tuple(size for node in nodes for size in self.copies[degree].get(node, ()))
+        key = calls, copies, self._elements(owner, degree), in_layer
+        if key not in self.known:
+            self.known[key] = _sum(*key)
+        return self.known[key]
+
+    def _boundaries(self) -> Size:
+        """Bytes of the value that enters each layer: what checkpointing keeps."""
+        sizes: dict[str, Size] = {}
+        for node in self.axes.calls:
+            layer = layer_of(module_path(node))
+            outer = [n for n in node.all_input_nodes if n in self.axes.calls]
+            if layer is not None and layer not in sizes and outer:
+                sizes[layer] = self._bytes(outer[0])
+        return total(sizes.values())
+
+    # -- sizes ---------------------------------------------------------------------------------
+
+    def _bytes(self, node: fx.Node) -> Size:
+        return numel(self._dims(self.axes.dims[node])) * node.meta["val"].element_size()
+
+    def _size(self, size: Any) -> Any:
+        return size if isinstance(size, int) else size.xreplace(self.symbols)
+
+    def _dims(self, dims: tuple[Axis, ...]) -> tuple[Term, ...]:
+        return tuple(self._term(axis.find()) for axis in dims)
+
+    def _term(self, axis: Axis) -> Term:
+        if axis not in self.terms:
+            if axis in self.cut:
+                self.terms[axis] = self.cut[axis]
+            elif axis.is_atom:
+                self.terms[axis] = self._size(axis.size)
+            else:
+                kind, inner = ("*", axis.factors) if axis.factors is not None else ("+", axis.parts)
+                self.terms[axis] = (kind, tuple(self._term(t.find()) for t in inner or ()))
+        return self.terms[axis]
+
+
+def _sum(
+    calls: tuple[tuple[Operator, str], ...], copies: tuple[Size, ...],
+    parameters: tuple[tuple[int, int], ...], in_layer: bool,
+) -> Work:  # fmt: skip
+    works = [work_of(op, reduced) for op, reduced in calls]
+    forward: list[Item] = [i for w in works for i in w.forward.items]
+    backward: list[Item] = [i for w in works for i in w.backward.items]
+    hosts: tuple[Counter[str], Counter[str]] = (Counter(), Counter())
+    for work in works:
+        hosts[0].update(dict(work.forward.host))
+        hosts[1].update(dict(work.backward.host))
+    for size in copies:
+        backward += [Collective("all_reduce", size, D), Traffic(2 * size)]
+        hosts[1]["collective"] += 1
+    return Work(
+        phase(forward, hosts[0]), phase(backward, hosts[1]), total(w.saved for w in works),
+        total(w.gradients for w in works), parameters, in_layer,
+    )  # fmt: skip
+
+
+def _name(node: fx.Node) -> str:
+    """``softmax`` for ``aten.softmax.int``."""
+    parts = str(node.target).split(".")
+    return parts[1] if len(parts) > 1 else parts[0]
+
+
+def _detail(node: fx.Node, name: str, call: Call) -> str:
+    if name == ATTENTION:
+        causal = "causal" if call.arguments.get("is_causal") else "full"
+        return "masked" if call.given("attn_mask") else causal
+    if name == "dropout":
+        return "" if call.arguments.get("p") and call.arguments.get("train", True) else "off"
+    if name in ("reshape", "contiguous"):
+        return "view" if _is_dense(node.all_input_nodes[0]) else ""
+    return "view" if name in VIEWS else ""
+
+
+def _is_dense(node: fx.Node) -> bool:
+    """Whether a tensor is contiguous, by its symbolic strides."""
+    value = node.meta.get("val")
+    if not isinstance(value, torch.Tensor):
+        return False
+    expected: Any = 1
+    for size, stride in zip(reversed(value.shape), reversed(value.stride()), strict=True):
+        if size_of(size) != 1 and sympy.expand(size_of(stride) - expected) != 0:
+            return False
+        expected = expected * size_of(size)
+    return True
+
+
+def _local_sizes(candidate: Candidate, tp: int) -> dict[Axis, tuple[tuple[int, int], ...]]:
+    """Each axis's elements on a rank, by degree."""
+    sizes: dict[Axis, list[tuple[int, int]]] = {a: [] for s in candidate.splits for a in s.atoms}
+    for degree in candidate.degrees(tp):
+        assignment = Assignment()
+        if degree > 1:
+            assignment.cut_all(candidate.splits, degree)
+        for atom, found in sizes.items():
+            found.append((degree, assignment.size(atom)))
+    return {atom: tuple(found) for atom, found in sizes.items()}
+
+
+def _assignment(analysis: Analysis, degree: int, tp: int) -> Assignment:
+    """Every candidate that can be, cut over ``degree`` ranks."""
+    assignment = Assignment()
+    for candidate in analysis.candidates:
+        if degree > 1 and degree in candidate.degrees(tp):
+            assignment.cut_all(candidate.splits, degree)
+    return assignment
+
+
+def input_sizes(analysis: Analysis) -> dict[Any, int]:
+    """Batch and sequence where the capture fixed them."""
+    fixed: dict[Any, int] = {}
+    known = set(_symbols(analysis).values())
+    for node in analysis.graph.nodes:
+        value = node.meta.get("val")
+        if node in analysis.axes.inputs and isinstance(value, torch.Tensor):
+            for symbol, size in zip((B, S), value.shape, strict=False):
+                if isinstance(size, int) and symbol not in known:
+                    fixed.setdefault(symbol, size)
+    return fixed
+
+
+def _symbols(analysis: Analysis) -> dict[Any, Any]:
+    """The graph's symbols: dimension 0 of an input is the batch, dimension 1 the sequence."""
+    found: dict[Any, Any] = {}
+    for node in analysis.graph.nodes:
+        value = node.meta.get("val")
+        if node in analysis.axes.inputs and isinstance(value, torch.Tensor):
+            for dim, size in enumerate(value.shape[:2]):
+                symbol = size_of(size)
+                if not isinstance(symbol, int) and symbol.is_Symbol:
+                    found.setdefault(symbol, (B, S)[dim])
+    return {s: sympy.Integer(hint) for s, hint in analysis.hints.symbols.items()} | found
