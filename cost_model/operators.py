@@ -92,7 +92,8 @@ class Operator:
         summed: axes contracted away.
         product: whether it is a matrix product (or attention).
         flows: whether a gradient flows through it.
-        detail: ``view``; the attention's kernel; ``off`` for a dropout that does nothing.
+        detail: ``view``; ``strided`` where operands lie in memory differently or with gaps; the
+            attention's kernel; ``off`` for a dropout that does nothing.
         saved: arguments kept for the backward (``""``: the result), not yet kept by others.
         uses: differentiable consumers of the result.
         parameters: that it reads.
@@ -193,7 +194,7 @@ def _kernels(op: Operator, reduced: str) -> tuple[list[Item], list[Item]]:
         back = moved + op.operands[0].bytes if name == "embedding" else moved
         return [Traffic(moved, name)], [Traffic(back, name, True)] if op.flows else []
     backward: list[Item] = []
-    if len({o.bytes for o in op.operands}) > 1:  # broadcast: a slower kernel
+    if op.detail == "strided" or len({o.bytes for o in op.operands}) > 1:  # a slower kernel
         backward = [Traffic(size, "broadcast", True)] * sum(o.flows and op.flows for o in op.operands)
         return [Traffic(size, "broadcast")], backward
     for operand in op.operands if op.flows else ():

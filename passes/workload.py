@@ -302,14 +302,33 @@ def _detail(node: fx.Node, name: str, call: Call) -> str:
         return "" if call.arguments.get("p") and call.arguments.get("train", True) else "off"
     if name in ("reshape", "contiguous"):
         return "view" if _is_dense(node.all_input_nodes[0]) else ""
-    return "view" if name in VIEWS else ""
+    if name in VIEWS:
+        return "view"
+    return "strided" if _is_strided([call.tensor(*slot) for slot in call.operands]) else ""
+
+
+def _is_strided(tensors: list[fx.Node]) -> bool:
+    """Whether operands of one shape lie differently in memory, or with gaps."""
+    values = [t.meta["val"] for t in tensors]
+    largest = [v for v in values if v.shape == values[0].shape]
+    if any(str(v.stride()) != str(largest[0].stride()) for v in largest):
+        return True
+    return not any(_is_dense_value(v.permute(*_outermost_first(v))) for v in largest[:1])
+
+
+def _outermost_first(value: torch.Tensor) -> list[int]:
+    """Dimensions by falling stride; symbols count as they were traced."""
+    strides = [s if isinstance(s, int) else s.node.hint for s in value.stride()]
+    return sorted(range(value.dim()), key=lambda d: -strides[d])
 
 
 def _is_dense(node: fx.Node) -> bool:
     """Whether a tensor is contiguous, by its symbolic strides."""
     value = node.meta.get("val")
-    if not isinstance(value, torch.Tensor):
-        return False
+    return isinstance(value, torch.Tensor) and _is_dense_value(value)
+
+
+def _is_dense_value(value: torch.Tensor) -> bool:
     expected: Any = 1
     for size, stride in zip(reversed(value.shape), reversed(value.stride()), strict=True):
         if size_of(size) != 1 and sympy.expand(size_of(stride) - expected) != 0:
