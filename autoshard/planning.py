@@ -202,7 +202,8 @@ class Costs:
         if other == 1:
             return "its axes take no other degree"
         spent = times[other].exposed_communication_time + shared[other]
-        saved = whole.step_time - (times[other].step_time - times[other].exposed_communication_time)
+        elsewhere = times[other].step_time - times[other].exposed_communication_time
+        saved = max(0.0, whole.step_time - elsewhere)
         sign = ">" if spent > saved else "<"
         text = f"degree {degree}: all-reduce {_time(spent)} {sign} saved {_time(saved)}"
         if degree > 1 and spent > saved:

@@ -1,6 +1,7 @@
 """Formulas: seconds of each kind of work, as sympy expressions in sizes and hardware constants.
 
-    product      2 b m n k / rate (1 + m0/m + n0/n + k0/k) + kernel,  at least bytes / bandwidth
+    product      2 k |b m n| / rate (1 + m0/m + n0/n + k0/k) + kernel,  at least bytes / bandwidth
+                 |b m n|: in whole tiles, the tiles in whole waves of the processors
     attention    flops / rate of its kernel + kernel
     traffic      bytes / bandwidth + kernel
     all-reduce   latency log2(d) + 2 (d-1)/d bytes / bus          (ring; Megatron's f and g)
@@ -26,6 +27,7 @@ Expr: TypeAlias = Any
 
 BANDWIDTH, KERNEL = sympy.symbols("bandwidth kernel", positive=True)
 M0, N0, K0 = sympy.symbols("m0 n0 k0", nonnegative=True)
+TILE_M, TILE_N, PROCESSORS = sympy.symbols("tile_m tile_n processors", positive=True, integer=True)
 LATENCY, BUS = sympy.symbols("latency bus", positive=True)
 BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
 PHASES = ("forward", "backward")
@@ -45,8 +47,11 @@ def seconds(item: Item) -> Expr:
     match item:
         case Product(batch, m, n, k, dtype):
             fill = 1 + M0 / m + N0 / n + K0 / k
+            tiles = batch * sympy.ceiling(m / TILE_M) * sympy.ceiling(n / TILE_N)
+            waves = sympy.ceiling(tiles / PROCESSORS)
+            flops = 2 * k * waves * PROCESSORS * TILE_M * TILE_N
             moved = BYTES.get(dtype, 4) * batch * (m * k + k * n + m * n)
-            return sympy.Max(item.flops / _rate(dtype) * fill, moved / BANDWIDTH) + KERNEL
+            return sympy.Max(flops / _rate(dtype) * fill, moved / BANDWIDTH) + KERNEL
         case Attention(flops, kernel, backward, _):
             work = flops * sympy.Rational(5, 2) if backward else flops
             return work / sympy.Symbol(f"attention_{kernel}_{PHASES[backward]}", positive=True) + KERNEL
@@ -82,6 +87,7 @@ def constants(hardware: Hardware, degree: int) -> dict[str, float]:
     values = {
         "bandwidth": hardware.bandwidth, "kernel": hardware.kernel,
         "m0": hardware.fill[0], "n0": hardware.fill[1], "k0": hardware.fill[2],
+        "tile_m": hardware.tile[0], "tile_n": hardware.tile[1], "processors": hardware.processors,
     }  # fmt: skip
     for dtype in BYTES:
         values[f"rate_{dtype}"] = hardware.rate(dtype)

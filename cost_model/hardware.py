@@ -45,6 +45,8 @@ class Hardware:
         memory: bytes of one device.
         flops: dtype -> FLOP/s that a large product reaches.
         fill: (m0, n0, k0): a product of [m, k] and [k, n] reaches 1 / (1 + m0/m + n0/n + k0/k) of it.
+        tile, processors: a product is worked out in whole tiles of the result, one per processor and
+            wave; 1 where ``fill`` says it all.
         bandwidth: bytes/s of memory that a large copy reaches.
         kernel: seconds that the smallest kernel takes on the device.
         attention: kernel -> (forward, backward) FLOP/s, counted as if nothing were masked.
@@ -66,6 +68,8 @@ class Hardware:
     passes: Mapping[str, tuple[float, float]]
     host: Mapping[str, tuple[float, float]]
     links: tuple[Link, ...]
+    tile: tuple[int, int] = (1, 1)
+    processors: int = 1
     source: str = ""
     date: str = ""
     versions: Mapping[str, str] = field(default_factory=dict)
@@ -155,6 +159,9 @@ def _read(path: Path) -> Hardware:
         return found
 
     fill, links = document.get("fill"), document.get("links")
+    tile, processors = document.get("tile", [1, 1]), document.get("processors", 1)
+    if not isinstance(tile, list) or len(tile) != 2:
+        raise HardwareError(f"{path}: field 'tile' must be two numbers, is {tile!r}")
     if not isinstance(fill, list) or len(fill) != 3:
         raise HardwareError(f"{path}: field 'fill' must be three numbers, is {fill!r}")
     if not isinstance(links, list) or not all(isinstance(link, dict) for link in links):
@@ -181,6 +188,8 @@ def _read(path: Path) -> Hardware:
             )
             for i, link in enumerate(links)
         ),
+        tile=(int(positive("tile", tile[0])), int(positive("tile", tile[1]))),
+        processors=int(positive("processors", processors)),
         source=str(document.get("source", "")),
         date=str(document.get("date", "")),
         versions=dict(document.get("versions", {})),

@@ -214,15 +214,16 @@ def _operators(
             grad = torch.ones_like(op(x, w))
             wanted = (x, w) if name.endswith("norm") else (x,)
 
-            def both(op: Any = op, x: Tensor = x, w: Tensor = w, wanted: Any = wanted) -> Any:
-                return torch.autograd.grad(op(x, w), wanted, grad)
-
             # What communicates is not captured.
             timed = clock if name.startswith("vocab") else clock.of_device
             forward = timed(lambda op=op, x=x, w=w: op(x, w))  # type: ignore[misc]
-            backward = timed(both) - forward
+            backward = timed(partial(_gradient, op, x, w, wanted, grad)) - forward
             found.append((name, rows, columns, forward, backward))
     return found
+
+
+def _gradient(op: Any, x: Tensor, w: Tensor, wanted: tuple[Tensor, ...], grad: Tensor) -> Any:
+    return torch.autograd.grad(op(x, w), wanted, grad)
 
 
 def _vocab_cross_entropy(x: Tensor, w: Tensor, group: Group) -> Tensor:

@@ -165,7 +165,7 @@ def test_twins_draw_the_same() -> None:
     """A degree of 2 on 4 ranks: two masks, each on two ranks, and one output on all."""
     x = torch.randn(30, 16, dtype=torch.float64)
     model = Block()
-    plan = autoshard.plan(model, 4, (x,))
+    plan = autoshard.plan(model, 4, (x,), degree="max")
     (region,) = plan.regions
     outputs, masks, _ = simulated(model, (x,), 4, {region.name: 2})
     before, inside, after = ([rank[i][1] for rank in masks] for i in range(3))
@@ -206,7 +206,7 @@ def test_one_process_keeps_the_default_generator() -> None:
     batch = nanogpt.inputs(model)
     torch.manual_seed(3)
     state = torch.get_rng_state()
-    tp_model = autoshard.parallelize(model, 1, batch)
+    tp_model = autoshard.parallelize(model, 1, batch, degree="max")
     assert torch.equal(torch.get_rng_state(), state)
     first, second = (tp_model(**batch)[1] for _ in range(2))
     second.backward()
@@ -232,7 +232,7 @@ def split_four_ways(attention: str) -> dict[str, Any]:
     torch.manual_seed(dist.get_rank())  # the first rank's seed is everybody's
     model = nanogpt.CASES[0].build(attention, dropout=RATE)
     batch = nanogpt.inputs(model)
-    plan = autoshard.plan(model, 4, batch).with_degree("transformer.h.1.attn", 2)
+    plan = autoshard.plan(model, 4, batch, degree="max").with_degree("transformer.h.1.attn", 2)
     tp_model = autoshard.parallelize(model, 4, batch, plan=plan, logits="whole")
     found: dict[str, Any] = {}
     state = torch.get_rng_state()
@@ -270,7 +270,7 @@ def replicated() -> list[tuple[str, Tensor]]:
     """Masks of nanoGPT at tp=2 in a world of 4."""
     model = nanogpt.CASES[0].build("sdpa", dropout=RATE)
     batch = nanogpt.inputs(model)
-    tp_model = autoshard.parallelize(model, 2, batch)
+    tp_model = autoshard.parallelize(model, 2, batch, degree="max")
     with recorded() as masks:
         tp_model(**batch)
     return masks["MainThread"]

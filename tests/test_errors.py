@@ -66,7 +66,7 @@ def test_tp_fits_the_world(
     if world is not None:
         monkeypatch.setenv("WORLD_SIZE", str(world))
     with pytest.raises(ValueError, match=message):
-        autoshard.parallelize(MLP(), tp, INPUT)
+        autoshard.parallelize(MLP(), tp, INPUT, degree="max")
     assert not dist.is_initialized()
 
 
@@ -128,7 +128,7 @@ def test_control_flow_on_data_names_layer_and_line() -> None:
     source = Path(__file__).read_text().splitlines()
     line = 1 + next(i for i, text in enumerate(source) if text.endswith("# the source line"))
     with pytest.raises(CaptureError) as raised:
-        autoshard.plan(Outer(), 2, INPUT)
+        autoshard.plan(Outer(), 2, INPUT, degree="max")
     message = str(raised.value)
     assert "test_errors.py" in message and str(line) in message
     assert "torch.where" in message
@@ -140,7 +140,7 @@ def test_missing_and_unknown_arguments_are_named() -> None:
     model = GPT(nanogpt.GPTConfig(n_layer=1))
     for inputs in ({"ids": BATCH["idx"]}, {}):
         with pytest.raises((AutoshardError, ValueError)) as raised:
-            autoshard.plan(model, 2, inputs)
+            autoshard.plan(model, 2, inputs, degree="max")
         assert "idx" in str(raised.value)
         assert "data cannot be captured" not in str(raised.value)
 
@@ -148,28 +148,28 @@ def test_missing_and_unknown_arguments_are_named() -> None:
 def test_example_inputs_that_cannot_be_found() -> None:
     """The model's class and forward's arguments, and where to pass them."""
     with pytest.raises(ValueError, match=r"of MLP could not be found.*example_inputs=.*\(x\)"):
-        autoshard.plan(MLP(), 2)
+        autoshard.plan(MLP(), 2, degree="max")
     with pytest.raises(ValueError, match=r"tuple or a dict of forward's arguments, is .*int"):
-        autoshard.plan(MLP(), 2, 3)
+        autoshard.plan(MLP(), 2, 3, degree="max")
 
 
 def test_a_model_parallelized_twice() -> None:
     """The parallel module is refused, and so is a model whose parameters are DTensors."""
-    model = autoshard.parallelize(MLP(), 1, INPUT)
+    model = autoshard.parallelize(MLP(), 1, INPUT, degree="max")
     for call in (autoshard.plan, autoshard.parallelize):
         with pytest.raises(AutoshardError, match="already split over 1 ranks; pass the plain model"):
             call(model, 1, INPUT)
     with pytest.raises(ValueError, match=r"must be a torch\.nn\.Module, is int"):
-        autoshard.plan(3, 2)  # type: ignore[arg-type]
+        autoshard.plan(3, 2, degree="max")  # type: ignore[arg-type]
 
 
 def test_a_model_on_the_meta_device() -> None:
     """plan works, parallelize names the first parameter without a value."""
     with torch.device("meta"):
         model = MLP()
-    assert autoshard.plan(model, 2, INPUT).sharded_fraction == 1.0
+    assert autoshard.plan(model, 2, INPUT, degree="max").sharded_fraction == 1.0
     with pytest.raises(AutoshardError, match=r"up\.weight and 3 other parameters .* meta device"):
-        autoshard.parallelize(model, 1, INPUT)
+        autoshard.parallelize(model, 1, INPUT, degree="max")
 
 
 @pytest.mark.parametrize(
@@ -190,7 +190,7 @@ def test_degrees_that_are_none(options: dict[str, Any], message: str) -> None:
 def test_a_word_for_logits_that_is_none() -> None:
     """The three that exist are said."""
     with pytest.raises(ValueError, match="logits='split' must be one of auto, whole, sharded"):
-        autoshard.parallelize(MLP(), 1, INPUT, logits="split")
+        autoshard.parallelize(MLP(), 1, INPUT, logits="split", degree="max")
 
 
 # Operators without a rule
@@ -219,7 +219,7 @@ def unknown(x: Tensor) -> Tensor:
 def test_an_unknown_operator_keeps_its_operands_whole() -> None:
     """It is reported with layer and source line; what it does not touch is split; all is right."""
     model = nn.Sequential(MLP(), MLP(unknown))
-    plan = autoshard.plan(model, 2, INPUT)
+    plan = autoshard.plan(model, 2, INPUT, degree="max")
     assert len(plan.unknown) == 1
     assert "autoshard_tests.double_up" in plan.unknown[0]
     assert "test_errors.py" in plan.unknown[0] and " 1" in plan.unknown[0]
@@ -303,7 +303,7 @@ def test_a_backward_that_is_no_derivative_is_refused(function: Any, how: str) ->
     """The capture would drop it: by name, also where ``f = Function.apply`` was stored before."""
     apply = _called(function) if how == "called" else function.apply
     with pytest.raises(CaptureError, match=rf"{function.__name__}.*custom_op"):
-        autoshard.plan(MLP(apply), 2, INPUT)
+        autoshard.plan(MLP(apply), 2, INPUT, degree="max")
 
 
 @pytest.mark.parametrize("function", [Swish, NewSwish])
@@ -345,7 +345,7 @@ def test_hooks_on_gradients_are_not_dropped(build: Callable[[], nn.Module]) -> N
     """The capture has the forward alone: the gradients are the model's, or it is refused."""
     model = build()
     try:
-        tp_model = autoshard.parallelize(model, 1, INPUT)
+        tp_model = autoshard.parallelize(model, 1, INPUT, degree="max")
     except AutoshardError as refused:
         assert "hook" in str(refused)
         return
@@ -361,7 +361,7 @@ def test_hooks_on_gradients_are_not_dropped(build: Callable[[], nn.Module]) -> N
 def test_a_plan_of_another_model(tmp_path: Path) -> None:
     """Names and shapes are compared, and tp."""
     path = tmp_path / "plan.json"
-    plan = autoshard.plan(MLP(), 4, INPUT)
+    plan = autoshard.plan(MLP(), 4, INPUT, degree="max")
     plan.save(path)
     for given in (plan, path, str(path)):
         with pytest.raises(PlanError, match=r"made for another model .*plan"):
@@ -389,7 +389,7 @@ def test_a_plan_of_another_model(tmp_path: Path) -> None:
 def test_malformed_plans(tmp_path: Path, change: Callable[[Any], Any], field: str) -> None:
     """The file and the field."""
     path = tmp_path / "bad.json"
-    autoshard.plan(nn.Sequential(MLP(), MLP()), 4, INPUT).save(path)
+    autoshard.plan(nn.Sequential(MLP(), MLP()), 4, INPUT, degree="max").save(path)
     path.write_text(json.dumps(change(json.loads(path.read_text()))))
     with pytest.raises(PlanError, match=rf"bad\.json.*'{field}'"):
         autoshard.Plan.load(path)
@@ -411,7 +411,7 @@ def test_a_file_that_is_no_plan(tmp_path: Path) -> None:
 def test_regions_that_the_model_does_not_have(tmp_path: Path) -> None:
     """By with_degree, with the nearest names; in a saved plan, with the names that exist."""
     model = nn.Sequential(MLP(), MLP())
-    plan = autoshard.plan(model, 2, INPUT)
+    plan = autoshard.plan(model, 2, INPUT, degree="max")
     with pytest.raises(PlanError, match="no region '00' in this plan; the nearest names are 0"):
         plan.with_degree("00", 2)
     path = tmp_path / "plan.json"
@@ -426,7 +426,7 @@ def test_regions_that_the_model_does_not_have(tmp_path: Path) -> None:
 def test_degrees_that_a_region_cannot_take(tmp_path: Path) -> None:
     """Name, sizes and the degrees that it takes; by with_degree and in a saved plan."""
     model = GPT(nanogpt.GPTConfig(n_layer=1, n_head=6, n_embd=48))
-    plan = autoshard.plan(model, 4, BATCH)
+    plan = autoshard.plan(model, 4, BATCH, degree="max")
     region = plan.region("transformer.h.0.attn")
     assert (region.degree, region.degrees) == (2, (1, 2))
     with pytest.raises(PlanError, match=r"over 4 ranks at tp=4: .* 6, .* 1, 2"):
@@ -444,7 +444,7 @@ def test_tied_regions_of_different_degree(tmp_path: Path) -> None:
     """A table that is embedding and output has one degree: both names and both numbers."""
     model = GPT(nanogpt.GPTConfig(n_layer=1))
     path = tmp_path / "plan.json"
-    autoshard.plan(model, 4, BATCH).save(path)
+    autoshard.plan(model, 4, BATCH, degree="max").save(path)
     document = json.loads(path.read_text())
     document["regions"]["lm_head"]["degree"] = 2
     path.write_text(json.dumps(document))
@@ -458,7 +458,7 @@ def test_tied_regions_of_different_degree(tmp_path: Path) -> None:
 def _refusal(model: nn.Module, tp: int, inputs: Any, **options: Any) -> str:
     """What parallelize says on this rank."""
     try:
-        autoshard.parallelize(model, tp, inputs, **options)
+        autoshard.parallelize(model, tp, inputs, **({"degree": "max"} | options))
     except PlanError as error:
         return str(error)
     return ""
@@ -483,7 +483,7 @@ def different_models() -> dict[str, Any]:
     weight = DTensor.from_local(distributed.up.weight.detach(), mesh, [Replicate()])
     distributed.up.weight = nn.Parameter(weight)
     try:
-        autoshard.parallelize(distributed, 2, INPUT)
+        autoshard.parallelize(distributed, 2, INPUT, degree="max")
     except AutoshardError as error:
         found["DTensor"] = str(error)
     found["same"] = _refusal(MLP(), 2, INPUT)

@@ -55,7 +55,7 @@ def test_transformers_without_a_head() -> None:
     model = GPT2Model(GPT2Config(vocab_size=67, n_positions=16, n_embd=32, n_layer=1, n_head=4))
     _, kwargs = normalized_inputs(model, None)
     assert "labels" not in kwargs
-    assert autoshard.plan(model, 2).sharded_fraction == 1.0
+    assert autoshard.plan(model, 2, degree="max").sharded_fraction == 1.0
 
 
 class Lightning(nn.Module):
@@ -87,7 +87,7 @@ def test_example_input_array(array: Any) -> None:
     args, kwargs = normalized_inputs(model, None)
     expected = pytree.tree_leaves(array)
     assert all(map(torch.equal, pytree.tree_leaves((args, kwargs)), expected))
-    assert autoshard.plan(model, 2).sharded_fraction == 1.0
+    assert autoshard.plan(model, 2, degree="max").sharded_fraction == 1.0
 
 
 class Embedded(nn.Module):
@@ -166,7 +166,7 @@ def test_one_tensor_given_twice_is_two_inputs() -> None:
     others = ids.roll(1, 1)
     captured = capture(skeleton(model), (), {"idx": ids, "targets": ids})
     assert len(captured.inputs) == 2
-    tp_model = autoshard.parallelize(model, 1, {"idx": ids, "targets": ids})
+    tp_model = autoshard.parallelize(model, 1, {"idx": ids, "targets": ids}, degree="max")
     for inputs in ({"idx": ids, "targets": ids}, {"idx": ids, "targets": others}):
         assert torch.equal(tp_model(**inputs)[1], model(**inputs)[1])
     assert sum(map(len, tp_model._compiled.values())) == 1
@@ -181,7 +181,7 @@ def test_the_order_of_keywords_does_not_matter() -> None:
     turned = dict(reversed(batch.items()))
     expected = model(**batch)[1]
     for example in (batch, turned):
-        tp_model = autoshard.parallelize(model, 1, example)
+        tp_model = autoshard.parallelize(model, 1, example, degree="max")
         for given in (batch, turned):
             assert torch.equal(tp_model(**given)[1], expected)
         assert torch.equal(tp_model(batch["idx"], targets=batch["targets"])[1], expected)
@@ -225,12 +225,12 @@ def test_every_way_to_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Non
     """Arguments through `*args` and `**kwargs`, tensors or not, captured or called later."""
     model = Variadic()
     expected = model(*args, **kwargs)
-    tp_model = autoshard.parallelize(model, 1, (X,))
+    tp_model = autoshard.parallelize(model, 1, (X,), degree="max")
     found = tp_model(*args, **kwargs)
     assert torch.equal(found["y"], expected["y"])
     assert found["names"] == expected["names"]
     if args == () or not kwargs:
-        tp_model = autoshard.parallelize(model, 1, args or kwargs)
+        tp_model = autoshard.parallelize(model, 1, args or kwargs, degree="max")
         assert torch.equal(tp_model(*args, **kwargs)["y"], expected["y"])
 
 
@@ -239,7 +239,7 @@ def test_options_of_transformers_that_forward_takes_by_kwargs() -> None:
     """return_dict and output_hidden_states are no parameters of GPT-2's forward, and work."""
     model = huggingface_model("gpt2").eval()
     ids = torch.randint(3, 203, (2, 7), generator=torch.Generator().manual_seed(0))
-    tp_model = autoshard.parallelize(model, 1, {"input_ids": ids})
+    tp_model = autoshard.parallelize(model, 1, {"input_ids": ids}, degree="max")
     expected = model(ids, return_dict=False)
     found = tp_model(ids, return_dict=False)
     assert type(found) is tuple
@@ -253,7 +253,7 @@ def test_a_plain_sequential() -> None:
     """Its argument is called `input`, a builtin's name."""
     model = nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 8))
     assert autoshard.verify(model, 2, (X,)).ok
-    assert torch.equal(autoshard.parallelize(model, 1, (X,))(X), model(X))
+    assert torch.equal(autoshard.parallelize(model, 1, (X,), degree="max")(X), model(X))
 
 
 def test_inputs_nested_in_containers() -> None:
@@ -265,7 +265,7 @@ def test_inputs_nested_in_containers() -> None:
             return out
 
     model = Nested(None)
-    tp_model = autoshard.parallelize(model, 1, ({"x": X, "y": Y},))
+    tp_model = autoshard.parallelize(model, 1, ({"x": X, "y": Y},), degree="max")
     for batch in ({"x": X, "y": Y}, {"y": Y, "x": X}, {"x": Y[:2], "y": X[:2]}):
         assert torch.equal(tp_model(batch), model(batch))
 
@@ -280,6 +280,6 @@ def test_options_of_equal_value_and_other_type() -> None:
             return out
 
     model = Typed(None)
-    tp_model = autoshard.parallelize(model, 1, (X, True))
+    tp_model = autoshard.parallelize(model, 1, (X, True), degree="max")
     for option in (True, 1, 1.0, True):
         assert torch.equal(tp_model(X, option), model(X, option))

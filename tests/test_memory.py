@@ -70,7 +70,7 @@ def test_a_rank_holds_what_the_plan_says(
     inputs = one.inputs(model)
     program = analyse(skeleton(model), (), inputs, tp)
     monkeypatch.setattr("autoshard.api.analyse", lambda *args: program)  # once for all ranks
-    plan = autoshard.plan(model, tp, inputs)
+    plan = autoshard.plan(model, tp, inputs, degree="max")
     for region, degree in degrees.items():
         plan = plan.with_degree(region, degree)
     ranks = []
@@ -103,7 +103,7 @@ def test_fewer_key_heads_than_ranks() -> None:
     """Keys and values stay whole, and say so; queries and the rest are split four ways."""
     one = case("llama-kv2")
     model = one.build("sdpa", dropout=0.0)
-    plan = autoshard.plan(model, 4, one.inputs(model))
+    plan = autoshard.plan(model, 4, one.inputs(model), degree="max")
     for share in plan.parameters:
         if "k_proj" in share.name or "v_proj" in share.name:
             assert share.degree == 1 and "fewer heads than ranks" in share.reason
@@ -115,7 +115,7 @@ def test_bytes_of_a_larger_model() -> None:
     """On the meta device: a rank of 8 holds an eighth of all matrices."""
     with torch.device("meta"):
         model = nanogpt.GPT(nanogpt.GPTConfig(n_embd=1024, n_head=16, vocab_size=50304))
-    plan = autoshard.plan(model, 8)
+    plan = autoshard.plan(model, 8, degree="max")
     matrices = {p.name: p for p in plan.parameters if len(p.shape) == 2 and "wpe" not in p.name}
     assert {p.degree for p in matrices.values()} == {8}
     total = sum(p.numel for p in matrices.values())

@@ -187,11 +187,11 @@ def split(
     """The model split exactly, with the degrees of some regions changed."""
     with exact():
         if degrees:
-            plan = autoshard.plan(model, tp, batch)
+            plan = autoshard.plan(model, tp, batch, degree="max")
             for region, degree in degrees.items():
                 plan = plan.with_degree(region, degree)
             options["plan"] = plan
-        return autoshard.parallelize(model, tp, batch, **options)
+        return autoshard.parallelize(model, tp, batch, **({"degree": "max"} | options))
 
 
 def loss_of(outputs: Any) -> Tensor:
@@ -326,7 +326,7 @@ def nanogpt_from_environment() -> dict[str, Any]:
     """As a script under torchrun: no process group yet, inputs not given, no edit of the graph."""
     assert not dist.is_initialized()
     model, batch = sample("nanogpt")
-    tp_model = autoshard.parallelize(model, 2, batch)
+    tp_model = autoshard.parallelize(model, 2, batch, degree="max")
     assert dist.get_backend() == "gloo"
     assert tp_model.mesh is not None and tp_model.mesh.mesh_dim_names == ("tp",)
     expected = model(**batch)
@@ -424,7 +424,7 @@ def test_the_simulator_and_the_processes_agree(two: Ranks, four: Ranks) -> None:
 def gpt2_communication(tp: int) -> dict[str, dict[str, int]]:
     """Collectives by name in each part of a training step, and in inference."""
     model, batch = sample("gpt2", torch.float32)
-    tp_model = autoshard.parallelize(model, tp, batch)
+    tp_model = autoshard.parallelize(model, tp, batch, degree="max")
     optimizer = torch.optim.AdamW(tp_model.parameters(), 1e-3)
 
     def counted(part: Callable[[], Any]) -> tuple[Any, dict[str, int]]:
@@ -502,7 +502,7 @@ def given_meshes() -> dict[str, Any]:
         model.zero_grad()
         found[name] = bad(step_errors(model, tp_model, batch))
     try:
-        autoshard.parallelize(model, 2, batch, mesh=meshes["all"])
+        autoshard.parallelize(model, 2, batch, mesh=meshes["all"], degree="max")
     except ValueError as error:
         found["wrong"] = str(error)
     return found
@@ -521,7 +521,7 @@ def test_one_rank_in_a_plain_script() -> None:
     """tp=1 needs no process group: plain tensors, and bit for bit what the model computes."""
     assert not dist.is_initialized() and "WORLD_SIZE" not in os.environ
     model, batch = sample("nanogpt", torch.float32)
-    tp_model = autoshard.parallelize(model, 1, batch)
+    tp_model = autoshard.parallelize(model, 1, batch, degree="max")
     assert not dist.is_initialized()
     assert tp_model.mesh is None
     expected, found = model(**batch), tp_model(**batch)
@@ -544,7 +544,7 @@ def test_the_model_itself_is_left_alone() -> None:
     """The parallel module has weights of its own; the model can be trained on."""
     model, batch = sample("nanogpt", torch.float32)
     before = copy.deepcopy(model.state_dict())
-    tp_model = autoshard.parallelize(model, 1, batch)
+    tp_model = autoshard.parallelize(model, 1, batch, degree="max")
     with torch.no_grad():
         for parameter in tp_model.parameters():
             parameter.zero_()
@@ -555,7 +555,7 @@ def test_the_model_itself_is_left_alone() -> None:
 def test_a_copy_of_the_module() -> None:
     """deepcopy (a moving average of the weights) gives a module of its own."""
     model, batch = sample("nanogpt", torch.float32)
-    tp_model = autoshard.parallelize(model, 1, batch)
+    tp_model = autoshard.parallelize(model, 1, batch, degree="max")
     loss_of(tp_model(**batch)).backward()
     copied = copy.deepcopy(tp_model)
     assert torch.equal(loss_of(copied(**batch)), loss_of(tp_model(**batch)))
@@ -568,7 +568,7 @@ def test_a_copy_of_the_module() -> None:
 def moving_average() -> dict[str, Any]:
     """A copy with the weights halved: its own DTensors, the logits of the half weights."""
     model, batch = sample("gpt2", torch.float32)
-    tp_model = autoshard.parallelize(model, 2, batch)
+    tp_model = autoshard.parallelize(model, 2, batch, degree="max")
     loss_of(tp_model(**batch)).backward()
     average = copy.deepcopy(tp_model)
     with torch.no_grad():
@@ -666,7 +666,7 @@ def other_dtypes() -> dict[str, Any]:
     model, batch = sample("gpt2", torch.float32)
     found: dict[str, Any] = {}
     with exact():
-        tp_model = autoshard.parallelize(model, 2, batch)
+        tp_model = autoshard.parallelize(model, 2, batch, degree="max")
         tp_model.double()
         model.double()
         found["double"] = bad(step_errors(model, tp_model, batch))
@@ -933,7 +933,7 @@ def compiled(name: str, tp: int) -> tuple[str, str, list[str]]:
     model, batch = sample(name, torch.float32)
     graphs = []
     for _ in range(2):
-        tp_model = autoshard.parallelize(model, tp, batch)
+        tp_model = autoshard.parallelize(model, tp, batch, degree="max")
         graphs.append(str(tp_model.graph) + tp_model.print_readable(print_output=False))
     assert graphs[0] == graphs[1]
     stored = [

@@ -45,7 +45,7 @@ def huggingface(name: str) -> Case:
 def plan() -> autoshard.Plan:
     """nanoGPT's plan at tp=4."""
     model = GPT.build("sdpa", dropout=0.0)
-    return autoshard.plan(model, 4, GPT.inputs(model))
+    return autoshard.plan(model, 4, GPT.inputs(model), degree="max")
 
 
 def graph_text(model: nn.Module, tp: int, inputs: object) -> str:
@@ -126,7 +126,7 @@ def test_matmuls_that_stay_whole_say_why(name: str, reason: str) -> None:
     """By the weight's own axes, never by batch or sequence."""
     case = huggingface(name)
     model = case.build("sdpa", dropout=0.0)
-    made = autoshard.plan(model, 2, case.inputs(model))
+    made = autoshard.plan(model, 2, case.inputs(model), degree="max")
     assert made.replicated and all(reason in whole.reason for whole in made.replicated)
 
 
@@ -179,7 +179,7 @@ def test_twenty_five_heads() -> None:
 
     config = GPT2Config(vocab_size=211, n_positions=16, n_embd=100, n_layer=1, n_head=25)
     model = GPT2LMHeadModel(config)
-    plan = autoshard.plan(model, 2)
+    plan = autoshard.plan(model, 2, degree="max")
     attention = plan.region("transformer.h.0.attn")
     assert (attention.degree, attention.degrees) == (1, (1,))
     assert "25" in attention.reason and "tp=2" in attention.reason
@@ -187,7 +187,7 @@ def test_twenty_five_heads() -> None:
     assert 0.5 < plan.sharded_fraction < 1.0
     assert {w.name.rpartition(" ")[2] for w in plan.replicated} >= {"transformer.h.0.attn.c_attn"}
     assert all(w.reason for w in plan.replicated)
-    assert autoshard.plan(model, 5).region("transformer.h.0.attn").degree == 5
+    assert autoshard.plan(model, 5, degree="max").region("transformer.h.0.attn").degree == 5
     assert autoshard.verify(model, 2).ok
 
 
@@ -195,7 +195,7 @@ def test_unused_parameters_are_listed() -> None:
     """A parameter that the forward does not touch is whole, and said to be unused."""
     model = nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 8))
     model.extra = nn.Parameter(torch.ones(3, 5))
-    plan = autoshard.plan(model, 2, (torch.ones(3, 8),))
+    plan = autoshard.plan(model, 2, (torch.ones(3, 8),), degree="max")
     extra = next(p for p in plan.parameters if p.name == "extra")
     assert (extra.degree, extra.local_numel, extra.reason) == (1, 15, "not used in the forward")
 
@@ -207,7 +207,7 @@ def test_an_integer_degree_is_a_bound() -> None:
     assert set(autoshard.plan(model, 4, inputs, degree=2).degrees.values()) == {2}
     most = autoshard.plan(model, 4, inputs, degree="max").degrees
     assert most["transformer.h.0.attn"] == 2 and most["transformer.h.0.mlp"] == 4
-    assert autoshard.plan(model, 4, inputs).degrees == most
+    assert autoshard.plan(model, 4, inputs, degree="max").degrees == most
 
 
 # Changing a plan
@@ -247,7 +247,7 @@ def test_position_bias_ties_the_stack() -> None:
     """T5's heads have one degree in a stack: its layers look one table up; the other's is free."""
     one = huggingface("t5")
     model = one.build("sdpa", dropout=0.0)
-    plan = autoshard.plan(model, 4, one.inputs(model))
+    plan = autoshard.plan(model, 4, one.inputs(model), degree="max")
     first = plan.region("encoder.block.0.layer.0.SelfAttention")
     assert "encoder.block.1.layer.0.SelfAttention" in first.tied
     changed = plan.with_degree(first.name, 2)
@@ -341,7 +341,7 @@ def test_a_model_on_the_meta_device_has_the_same_plan(build: Callable[[], nn.Mod
     with torch.device("meta"):
         hollow = build()
     assert all(p.is_meta for p in hollow.parameters())
-    real, meta = autoshard.plan(model, 4), autoshard.plan(hollow, 4)
+    real, meta = autoshard.plan(model, 4, degree="max"), autoshard.plan(hollow, 4, degree="max")
     assert meta == real
     assert plan_hash(meta) == plan_hash(real)
     assert all(p.is_meta for p in hollow.parameters())
@@ -353,7 +353,7 @@ def test_planning_leaves_the_model_alone() -> None:
     model = GPT.build("sdpa").eval()
     before = {name: p.clone() for name, p in model.named_parameters()}
     state = torch.get_rng_state()
-    autoshard.plan(model, 2, GPT.inputs(model))
+    autoshard.plan(model, 2, GPT.inputs(model), degree="max")
     assert torch.equal(torch.get_rng_state(), state)
     assert not model.training and not any(m.training for m in model.modules())
     assert all(torch.equal(before[n], p) and p.grad is None for n, p in model.named_parameters())
