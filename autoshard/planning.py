@@ -6,7 +6,7 @@ the graph, on a machine, at a batch and a sequence.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -18,14 +18,14 @@ from torch.utils import _pytree as pytree
 from autoshard.analysis import Analysis
 from autoshard.assignment import Assignment
 from autoshard.cost_model.hardware import Hardware, at_hand, load
-from autoshard.cost_model.model import OPTIMIZERS, CostModel, Predicted, Setting
+from autoshard.cost_model.model import OPTIMIZERS, CostModel, Setting
 from autoshard.cost_model.search import NoFit
 from autoshard.cost_model.work import B, S, Unit
 from autoshard.errors import PlanError
 from autoshard.inputs import Inputs
 from autoshard.passes.assign_degrees import Request, assign_degrees
-from autoshard.passes.workload import workload
-from autoshard.plans import Plan
+from autoshard.passes.workload import input_sizes, workload
+from autoshard.plans import Plan, Predicted
 
 BATCH, SEQUENCE = 8, 1024  # planned for where nothing says otherwise
 
@@ -121,8 +121,6 @@ class Costs:
 
     def _check_sizes(self, work: Any) -> None:
         """A size that the capture fixed cannot be planned for another."""
-        from autoshard.passes.workload import input_sizes
-
         fixed = input_sizes(self.analysis)
         for symbol, name in ((B, "batch"), (S, "sequence")):
             wanted = getattr(self.setting, name)
@@ -147,6 +145,20 @@ class Costs:
     def seconds(self, name: str, degree: int) -> float:
         """The formula's number."""
         return self.model.evaluate(self.formula(name), degree)
+
+    def alternative(self, name: str, degree: int) -> Predicted:
+        """One region at a degree, with the all-reduces that it shares with others."""
+        unit = self.unit(name)
+        found = self.model.of(unit, degree)
+        shared = sum(h.seconds.get(degree, 0.0) for h in self.model.hubs if unit.tie in h.users)
+        both = (found.step_time + shared, found.exposed_communication_time + shared)
+        return replace(found, step_time=both[0], exposed_communication_time=both[1])
+
+    def graph_text(self, nodes: Sequence[str]) -> str:
+        """Some nodes of the captured graph, a line each."""
+        wanted = set(nodes)
+        lines = [n.format_node() for n in self.analysis.graph.nodes if n.name in wanted]
+        return "\n".join(f"  {line}" for line in lines if line)
 
     def choose(self, uniform: bool) -> tuple[dict[str, int], dict[str, str]]:
         """Degree and reason of each region.
@@ -186,27 +198,26 @@ class Costs:
         return [miss.degrees[ties.index(u.tie)] for u in self.model.workload.units]
 
     def _reason(self, unit: Unit, degree: int) -> str:
-        """What its collectives cost, and what the split saves elsewhere."""
-        times = {d: self.model.of(unit, d) for d in unit.work}
-        shared = {
-            d: sum(h.seconds.get(d, 0.0) for h in self.model.hubs if unit.tie in h.users) for d in times
+        """What the tie's collectives cost, and what its split saves elsewhere."""
+        tied = [u for u in self.model.workload.units if u.tie == unit.tie]
+        hubs = [h for h in self.model.hubs if unit.tie in h.users]
+        times = {d: sum(self.model.of(u, d).step_time for u in tied) for d in unit.work}
+        spent = {
+            d: sum(self.model.of(u, d).exposed_communication_time for u in tied)
+            + sum(h.seconds.get(d, 0.0) for h in hubs)
+            for d in unit.work
         }
-        whole = times[1]
-        other = (
-            degree
-            if degree > 1
-            else min(
-                (d for d in times if d > 1), key=lambda d: times[d].step_time + shared[d], default=1
-            )
-        )
-        if other == 1:
+        split = [d for d in times if d > 1]
+        if not split:
             return "its axes take no other degree"
-        spent = times[other].exposed_communication_time + shared[other]
-        elsewhere = times[other].step_time - times[other].exposed_communication_time
-        saved = max(0.0, whole.step_time - elsewhere)
-        sign = ">" if spent > saved else "<"
-        text = f"degree {degree}: all-reduce {_time(spent)} {sign} saved {_time(saved)}"
-        if degree > 1 and spent > saved:
+        other = degree if degree > 1 else min(split, key=lambda d: times[d])
+        own = sum(self.model.of(u, other).exposed_communication_time for u in tied)
+        saved = max(0.0, times[1] - (times[other] - own))
+        sign = ">" if spent[other] > saved else "<"
+        text = f"degree {degree}: all-reduce {_time(spent[other])} {sign} saved {_time(saved)}"
+        if len(tied) > 1:
+            text += f", over {len(tied)} tied regions"
+        if degree > 1 and spent[other] > saved:
             text += "; split to fit in memory"
         return text
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -11,8 +11,6 @@ from typing import TYPE_CHECKING, Any, Protocol
 from autoshard.errors import PlanError
 
 if TYPE_CHECKING:
-    from autoshard.cost_model.model import Predicted
-
     class Costs(Protocol):
         """What a plan knows of time and memory."""
 
@@ -22,8 +20,40 @@ if TYPE_CHECKING:
         def formula(self, name: str) -> Any:
             """Seconds of a region, as a sympy expression."""
 
+        def alternative(self, name: str, degree: int) -> Predicted:
+            """One region at a degree."""
+
+        def graph_text(self, nodes: Sequence[str]) -> str:
+            """Some nodes of the captured graph as lines."""
+
 
 FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Predicted:
+    """What the cost model says of one step of forward and backward on one rank.
+
+    Times in seconds: ``step_time`` is the sum of compute (matrix products, attention), memory
+    traffic (what is bound by memory), exposed communication (nothing hides a collective: all of it)
+    and launch (where Python and the launches take longer than the device). Memory in bytes.
+    """
+
+    step_time: float
+    compute_time: float
+    exposed_communication_time: float
+    memory_traffic_time: float
+    launch_time: float
+    flops_per_rank: float
+    memory_per_rank: float
+    parameter_memory: float
+    gradient_memory: float
+    optimizer_memory: float
+    activation_memory: float
+
+    def __add__(self, other: Predicted) -> Predicted:
+        mine, theirs = vars(self), vars(other)
+        return Predicted(**{name: value + theirs[name] for name, value in mine.items()})
 
 
 @dataclass(frozen=True)
@@ -140,7 +170,7 @@ class Plan:
         Raises:
             PlanError: a plan read from a file, which has not met its model.
         """
-        return self._known_costs().predict(self.degrees)
+        return self.costs.predict(self.degrees)
 
     def cost_formula(self, name: str) -> Any:
         """Seconds of a region in batch ``B``, sequence ``S``, degree ``d`` and hardware constants.
@@ -151,9 +181,15 @@ class Plan:
         Raises:
             PlanError: no such region, or a plan read from a file.
         """
-        return self._known_costs().formula(self.region(name).name)
+        return self.costs.formula(self.region(name).name)
 
-    def _known_costs(self) -> Costs:
+    @property
+    def costs(self) -> Costs:
+        """What the plan's predictions come from.
+
+        Raises:
+            PlanError: a plan read from a file.
+        """
         if self._costs is None:
             raise PlanError("a plan read from a file knows no costs: pass it to plan(model, plan=...)")
         return self._costs

@@ -17,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
-    from autoshard.plans import ParameterShare, Plan, Region, Whole
+    from autoshard.plans import ParameterShare, Plan, Predicted, Region, Whole
 
 T = TypeVar("T")
 
@@ -286,6 +286,41 @@ def _sizes(plan: Plan) -> list[Table | str]:
                 f"{p.padded // p.degree:,} on a rank ({extra:,} elements in all, not stored)"
             )
     return lines
+
+
+# -- predictions ---------------------------------------------------------------------------------
+
+
+def prediction_lines(found: Predicted, efficiency: float, tp: int) -> list[str]:
+    """What a step takes: time by kind of cost, memory by what holds it, efficiency."""
+    kinds = {
+        "compute": found.compute_time, "memory traffic": found.memory_traffic_time,
+        "exposed communication": found.exposed_communication_time, "launch": found.launch_time,
+    }  # fmt: skip
+    holders = {
+        "parameters": found.parameter_memory, "gradients": found.gradient_memory,
+        "optimizer": found.optimizer_memory, "activations": found.activation_memory,
+    }  # fmt: skip
+    times = ", ".join(f"{name} {seconds * 1e3:.2f}" for name, seconds in kinds.items())
+    sizes = ", ".join(f"{name} {_in_words(size)}" for name, size in holders.items())
+    return [
+        f"predicted step (forward and backward): {found.step_time * 1e3:.2f} ms on a rank ({times})",
+        f"memory of a rank: {_in_words(found.memory_per_rank)} ({sizes})",
+        f"efficiency against one GPU: {efficiency:.1%} of {tp} ranks, "
+        f"{found.flops_per_rank / found.step_time / 1e12:.1f} TFLOP/s a rank",
+    ]
+
+
+def scaling_table(rows: Sequence[tuple[int, Predicted, float]], width: int = 110) -> str:
+    """A row for each tp: time, speed-up over the first row, efficiency, memory."""
+    table = _table("scaling", "tp>", "ms a step>", "speed-up>", "efficiency>", "memory of a rank")
+    for tp, found, share in rows:
+        faster = rows[0][1].step_time / found.step_time
+        memory = _in_words(found.memory_per_rank)
+        _add(table, str(tp), f"{found.step_time * 1e3:.2f}", f"{faster:.2f}x", f"{share:.1%}", memory)
+    file = StringIO()
+    Console(file=file, width=width, color_system=None, force_terminal=False).print(table)
+    return "\n".join(line.rstrip() for line in file.getvalue().splitlines())
 
 
 def _in_words(count: float) -> str:

@@ -47,6 +47,13 @@ SMALL = [
     Shape("llama", 64, 4, 2, 32, 2, 256, kv_heads=2),
 ]
 
+CPU = [  # small and large layers
+    Shape("gpt", 64, 4, 2, 32, 2, vocabulary=256),
+    Shape("gpt", 128, 4, 2, 64, 2, vocabulary=512),
+    Shape("gpt", 1024, 8, 2, 128, 4, vocabulary=8192),
+    Shape("gpt", 1536, 8, 1, 256, 4, vocabulary=8192),
+]
+
 # hidden, widths of the MLPs, vocabulary, batch, sequence
 MIXED = [
     (4096, (256,) * 6 + (32768,), 1000, 4, 1024),
@@ -112,7 +119,7 @@ def run(model: nn.Module, batch: Any, tp: int, degree: Any, device: torch.device
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--out", required=True)
-    parser.add_argument("--part", choices=("shapes", "choices"), required=True)
+    parser.add_argument("--part", choices=("shapes", "choices", "cpu"), required=True)
     parser.add_argument("--small", action="store_true", help="tiny sizes, for a CPU")
     arguments = parser.parse_args()
     cuda = torch.cuda.is_available()
@@ -133,8 +140,9 @@ def main() -> None:
             Path(arguments.out).write_text(json.dumps(document, indent=1) + "\n")
             print(row, flush=True)
 
-    if arguments.part == "shapes":
-        for shape in SMALL if arguments.small else SHAPES:
+    if arguments.part != "choices":
+        chosen = CPU if arguments.part == "cpu" else SMALL if arguments.small else SHAPES
+        for shape in chosen:
             batch = tokens(shape.vocabulary, shape.batch, shape.sequence)
             torch.manual_seed(0)
             with torch.device(device):

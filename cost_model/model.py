@@ -17,7 +17,8 @@ from autoshard.cost_model import formulas
 from autoshard.cost_model.formulas import COMMUNICATION, COMPUTE, MEMORY
 from autoshard.cost_model.hardware import Hardware
 from autoshard.cost_model.search import Hub, Option, search
-from autoshard.cost_model.work import Attention, B, D, Item, Phase, Product, S, Unit, Work, Workload
+from autoshard.cost_model.work import Attention, D, Item, Phase, Product, Unit, Work, Workload
+from autoshard.plans import Predicted
 
 Expr: TypeAlias = Any
 
@@ -30,32 +31,6 @@ OPTIMIZERS: dict[str, tuple[int, int]] = {
     "adamw-mixed": (0, 12),  # a float32 copy and two float32 moments beside bf16 weights
     "adafactor": (0, 0),  # a row and a column per matrix
 }
-
-
-@dataclass(frozen=True)
-class Predicted:
-    """What the cost model says of one step of forward and backward on one rank.
-
-    Times in seconds: ``step_time`` is the sum of compute (matrix products, attention), memory
-    traffic (what is bound by memory), exposed communication (nothing hides a collective: all of it)
-    and launch (where Python and the launches take longer than the device). Memory in bytes.
-    """
-
-    step_time: float
-    compute_time: float
-    exposed_communication_time: float
-    memory_traffic_time: float
-    launch_time: float
-    flops_per_rank: float
-    memory_per_rank: float
-    parameter_memory: float
-    gradient_memory: float
-    optimizer_memory: float
-    activation_memory: float
-
-    def __add__(self, other: Predicted) -> Predicted:
-        mine, theirs = vars(self), vars(other)
-        return Predicted(**{name: value + theirs[name] for name, value in mine.items()})
 
 
 @dataclass(frozen=True)
@@ -283,6 +258,3 @@ def _compiled(formula: Expr) -> tuple[tuple[str, ...], Any]:
     """A formula as a function of its symbols, by name."""
     symbols = sorted(sympy.sympify(formula).free_symbols, key=lambda s: s.name)
     return tuple(s.name for s in symbols), sympy.lambdify(symbols, formula, modules="math", cse=True)
-
-
-__all__ = ["OPTIMIZERS", "B", "CostModel", "D", "Predicted", "S", "Setting"]
