@@ -130,6 +130,8 @@ def _from_factory(name: str, device: str) -> tuple[nn.Module, Any]:
         function = getattr(importlib.import_module(module), factory)
     except (ImportError, AttributeError) as error:
         raise ValueError(f"{name!r}: {error}") from None
+    if not callable(function):
+        raise ValueError(f"{name!r} is not callable: it must be a function that returns a model")
     try:
         with torch.device(device):
             made = function()

@@ -5,7 +5,7 @@
     python benchmarks/cost_model.py shapes FILE     # against times that benchmarks/step_times.py wrote
     python benchmarks/cost_model.py choices FILE    # is the chosen plan the best of those measured?
     python benchmarks/cost_model.py growth          # time to choose, over the number of layers
-    python benchmarks/cost_model.py cpu             # calibrates two processes here; the order of degrees
+    python benchmarks/cost_model.py cpu             # calibrates two processes; the order of degrees
     python benchmarks/cost_model.py baseline        # the V100's rate that gives the paper's 39 TFLOP/s
 
 Measured times of two H200 lie in benchmarks/measured/.
@@ -118,8 +118,9 @@ def shapes(path: Path, hardware: str = "h200") -> None:
         left_out = shape.name == FITTED
         errors += [] if left_out else [abs(error)]
         print(
-            f"{shape.name:26} {row['tp']:>2} {row['seconds'] * 1e3:>12.2f} {found.step_time * 1e3:>13.2f}"
-            f" {error:>+7.1%} {found.exposed_communication_time * 1e3:>10.2f}"
+            f"{shape.name:26} {row['tp']:>2} {row['seconds'] * 1e3:>12.2f}"
+            f" {found.step_time * 1e3:>13.2f} {error:>+7.1%}"
+            f" {found.exposed_communication_time * 1e3:>10.2f}"
             + ("  (fitted, not counted)" if left_out else ""),
             flush=True,
         )

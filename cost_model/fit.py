@@ -24,7 +24,8 @@ def fit(measured: Mapping[str, Any], name: str, date: str) -> Hardware:
     Raises:
         ValueError: too few measurements that the device, not the host, took the time of.
     """
-    host = {k: (float(v[0]), float(v[1])) for k, v in measured["host"].items()}
+    # A difference of two times may come out below zero.
+    host = {k: (max(0.0, v[0]), max(0.0, v[1])) for k, v in measured["host"].items()}
     itemsize = measured["itemsize"]
     bandwidth, kernel, copy_error = _bandwidth(measured["passes"], itemsize)
     # A profile of an older measurement, or of a device that cannot be timed alone, has the host's
@@ -110,9 +111,10 @@ def _bandwidth(rows: list[tuple[int, float]], itemsize: int) -> tuple[float, flo
     """
     table = np.array(sorted(rows), dtype=float)
     numel, seconds = table[-3:].T
-    rate = float(np.median(3 * itemsize * numel / seconds))
     kernel = float(min(table[0, 1], 3e-6))
-    return rate, kernel, float(np.abs(3 * itemsize * numel / rate / seconds - 1).mean())
+    rate = float(np.median(3 * itemsize * numel / (seconds - kernel)))
+    predicted = 3 * itemsize * numel / rate + kernel
+    return rate, kernel, float(np.abs(predicted / seconds - 1).mean())
 
 
 def _attention(rows: list[Any]) -> tuple[dict[str, tuple[float, float]], float]:

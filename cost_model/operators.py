@@ -94,7 +94,7 @@ class Operator:
         flows: whether a gradient flows through it.
         detail: ``view``; ``strided`` where operands lie in memory differently or with gaps; the
             attention's kernel; ``off`` for a dropout that does nothing.
-        saved: arguments kept for the backward (``""``: the result), not yet kept by others.
+        saved: axes and bytes of an element of what it is the first to keep for the backward.
         uses: differentiable consumers of the result.
         parameters: that it reads.
     """
@@ -108,7 +108,7 @@ class Operator:
     product: bool = False
     flows: bool = False
     detail: str = ""
-    saved: tuple[str, ...] = ()
+    saved: tuple[tuple[tuple[Term, ...], int], ...] = ()
     uses: int = 0
     parameters: int = 0
 
@@ -165,7 +165,8 @@ def work_of(op: Operator, reduced: str = "") -> Work:
             forward.append(Traffic(2 * op.bytes))
             hosts[0]["kernel"] += 1
             hosts[1]["kernel"] += 1
-    return Work(phase(forward, hosts[0]), phase(backward, hosts[1]), _kept(op), gradients)
+    kept = sum((numel(dims) * itemsize for dims, itemsize in op.saved), start=sympy.Integer(0))
+    return Work(phase(forward, hosts[0]), phase(backward, hosts[1]), kept, gradients)
 
 
 def phase(items: list[Item], host: Counter[str]) -> Phase:
@@ -234,18 +235,6 @@ def _attention(op: Operator) -> tuple[list[Item], list[Item]]:
     flops = 2 * numel(op.result[:-1]) * numel(dims["key"][-2:-1]) * width
     forward, backward = (Attention(flops, op.detail, back, op.dtype) for back in (False, True))
     return [forward], [backward] if op.flows else []
-
-
-def _kept(op: Operator) -> Size:
-    size: Size = sympy.Integer(0)
-    for slot in op.saved:
-        if slot == "mask":
-            size += numel(op.result)
-        elif slot == "":
-            size += op.bytes
-        else:
-            size += next(o.bytes for o in op.operands if o.name == slot)
-    return size
 
 
 @lru_cache(maxsize=65536)

@@ -11,7 +11,7 @@ import math
 import operator
 from collections import Counter, defaultdict
 from collections.abc import Collection
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any, TypeAlias
 
 import sympy
@@ -182,10 +182,11 @@ class _Builder:
                     tensors[slot] in differentiable)
             for slot, dims in call.operands.items()
         )  # fmt: skip
+        detail = _detail(node, name, call)
         return Operator(
             name, operands, self._dims(call.outputs[0] or ()), first.element_size(), dtype,
-            self._dims(tuple(call.summed)), bool(call.flops), flows, _detail(node, name, call),
-            self._saved(node, name, call), sum(u in differentiable for u in node.users),
+            self._dims(tuple(call.summed)), bool(call.flops), flows, detail,
+            self._saved(node, name, call, detail), sum(u in differentiable for u in node.users),
             sum(n in self.parameters_read for n in node.all_input_nodes),
         )  # fmt: skip
 
@@ -194,21 +195,24 @@ class _Builder:
         """The placeholders of parameters."""
         return frozenset(self.axes.parameters)
 
-    def _saved(self, node: fx.Node, name: str, call: Call) -> tuple[str, ...]:
-        """What the node is the first to keep; a view keeps what it shows."""
+    def _saved(
+        self, node: fx.Node, name: str, call: Call, detail: str
+    ) -> tuple[tuple[tuple[Term, ...], int], ...]:
+        """What the node is the first to keep; a view keeps all that it is a view of."""
         tensors = {slot[0]: call.tensor(*slot) for slot in call.operands}
-        if _detail(node, name, call) == "off":
+        if detail == "off":
             return ()
         flowing = {slot: t in self.axes.differentiable for slot, t in tensors.items()}
         saved = []
         for slot in keeps(name, bool(call.flops), flowing):
-            root = self._root(tensors.get(slot, node))
-            new = root not in self.kept and root in self.axes.calls
             if slot == "mask":
-                saved.append(slot)
-            elif new and (slot == "" or slot in tensors):
+                saved.append((self._dims(self.axes.dims[node]), 1))
+                continue
+            root = self._root(tensors.get(slot, node))
+            if root not in self.kept and root in self.axes.calls and root in self.axes.dims:
                 self.kept.add(root)
-                saved.append(slot)
+                itemsize = root.meta["val"].element_size()
+                saved.append((self._dims(self.axes.dims[root]), itemsize))
         return tuple(saved)
 
     def _root(self, node: fx.Node) -> fx.Node:
@@ -309,32 +313,40 @@ def _detail(node: fx.Node, name: str, call: Call) -> str:
 
 def _is_strided(tensors: list[fx.Node]) -> bool:
     """Whether operands of one shape lie differently in memory, or with gaps."""
-    values = [t.meta["val"] for t in tensors]
-    largest = [v for v in values if v.shape == values[0].shape]
-    if any(str(v.stride()) != str(largest[0].stride()) for v in largest):
+    layouts = [_memory(t.meta["val"]) for t in tensors]
+    shape, stride = layouts[0]
+    if any(own == shape and other != stride for own, other in layouts):
         return True
-    return not any(_is_dense_value(v.permute(*_outermost_first(v))) for v in largest[:1])
-
-
-def _outermost_first(value: torch.Tensor) -> list[int]:
-    """Dimensions by falling stride; symbols count as they were traced."""
-    strides = [s if isinstance(s, int) else s.node.hint for s in value.stride()]
-    return sorted(range(value.dim()), key=lambda d: -strides[d])
+    return not _dense(*_outermost_first(shape, stride))
 
 
 def _is_dense(node: fx.Node) -> bool:
     """Whether a tensor is contiguous, by its symbolic strides."""
     value = node.meta.get("val")
-    return isinstance(value, torch.Tensor) and _is_dense_value(value)
+    return isinstance(value, torch.Tensor) and _dense(*_memory(value))
 
 
-def _is_dense_value(value: torch.Tensor) -> bool:
-    expected: Any = 1
-    for size, stride in zip(reversed(value.shape), reversed(value.stride()), strict=True):
-        if size_of(size) != 1 and sympy.expand(size_of(stride) - expected) != 0:
+def _memory(value: torch.Tensor) -> tuple[tuple[Size, ...], tuple[Size, ...]]:
+    """Shape and strides, symbolic ones as sympy expressions."""
+    return tuple(map(size_of, value.shape)), tuple(map(size_of, value.stride()))
+
+
+@lru_cache(maxsize=65536)
+def _dense(shape: tuple[Size, ...], stride: tuple[Size, ...]) -> bool:
+    expected: Size = 1
+    for size, step in zip(reversed(shape), reversed(stride), strict=True):
+        if size != 1 and sympy.expand(step - expected) != 0:
             return False
-        expected = expected * size_of(size)
+        expected = expected * size
     return True
+
+
+@lru_cache(maxsize=65536)
+def _outermost_first(shape: Any, stride: Any) -> tuple[tuple[Size, ...], tuple[Size, ...]]:
+    """Dimensions by falling stride; a symbol counts as large."""
+    large = [s if isinstance(s, int) else s.subs(dict.fromkeys(s.free_symbols, 10**6)) for s in stride]
+    order = sorted(range(len(shape)), key=lambda d: -large[d])
+    return tuple(shape[d] for d in order), tuple(stride[d] for d in order)
 
 
 def _local_sizes(candidate: Candidate, tp: int) -> dict[Axis, tuple[tuple[int, int], ...]]:

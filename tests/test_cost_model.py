@@ -1,0 +1,383 @@
+"""The cost model: its figures against PyTorch's own, its formulas, and what it chooses."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import lru_cache
+from itertools import product
+from typing import Any
+
+import pytest
+import sympy
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import autoshard
+from autoshard.cost_model import formulas
+from autoshard.cost_model.formulas import constants, seconds
+from autoshard.cost_model.hardware import Hardware, load
+from autoshard.cost_model.model import CostModel
+from autoshard.cost_model.work import B, Collective, D, Product, S, Traffic
+from autoshard.errors import PlanError
+from autoshard.planning import Costs
+from benchmarks.models import Mixed, Shape, build, tokens
+from tests.models import nanogpt
+from tests.models.huggingface import case
+
+GPT = Shape("gpt", 64, 4, 3, 16, 2, vocabulary=256, fused=False)
+LLAMA = Shape("llama", 64, 8, 2, 16, 2, vocabulary=256, kv_heads=2)
+SHAPES = {"gpt": GPT, "llama": LLAMA, "fused": replace(GPT, fused=True)}
+
+
+@lru_cache
+def planned(name: str, tp: int, **options: Any) -> autoshard.Plan:
+    """A plan at the largest degrees, for a batch and a sequence that nothing was traced with."""
+    shape = SHAPES[name]
+    options = {"degree": "max", "hardware": "h200", "batch": 6, "sequence": 14} | options
+    return autoshard.plan(build(shape), tp, tokens(shape.vocabulary, 2, 10), **options)
+
+
+def model_of(plan: autoshard.Plan) -> CostModel:
+    """The plan's cost model."""
+    assert isinstance(plan.costs, Costs)
+    return plan.costs.model
+
+
+# Against PyTorch
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_flops_are_those_that_pytorch_counts(name: str) -> None:
+    """Forward and backward of the whole model, at another batch and sequence than were traced."""
+    model, shape = build(SHAPES[name]), SHAPES[name]
+    batch = tokens(shape.vocabulary, 6, 14)
+    with FlopCounterMode(display=False) as counter:
+        model(**batch).backward()
+    predicted = planned(name, 1).predicted.flops_per_rank
+    if name == "gpt":  # every product is counted by both
+        assert predicted == counter.get_total_flops()
+    else:  # the fused kernel's scores are computed again in its backward, on a GPU
+        assert counter.get_total_flops() <= predicted < 1.05 * counter.get_total_flops()
+
+
+@pytest.mark.parametrize(("name", "tp"), [("gpt", 2), ("gpt", 4), ("llama", 8)])
+def test_a_rank_does_its_share_of_the_flops(name: str, tp: int) -> None:
+    """Everything is split, so a rank does 1/tp; few key/value heads are shared, their products too."""
+    whole = planned(name, 1).predicted.flops_per_rank
+    found = planned(name, tp).predicted.flops_per_rank
+    if name == "gpt":
+        assert found == pytest.approx(whole / tp, rel=1e-12)
+    else:
+        assert whole / tp < found < 1.2 * whole / tp
+
+
+@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("tp", [1, 2, 8])
+def test_memory_of_parameters(name: str, tp: int) -> None:
+    """Elements on a rank, with gradients and AdamW's two states, in float32."""
+    plan = planned(name, tp)
+    found = plan.predicted
+    assert found.parameter_memory == 4 * plan.parameter_numel_per_rank
+    assert found.gradient_memory == found.parameter_memory
+    assert found.optimizer_memory == 2 * found.parameter_memory
+    parts = found.gradient_memory + found.optimizer_memory + found.activation_memory
+    assert found.memory_per_rank == pytest.approx(found.parameter_memory + parts)
+
+
+def saved_bytes(model: nn.Module, batch: dict[str, Tensor]) -> int:
+    """What autograd keeps for the backward: each storage once, parameters and inputs not."""
+    skipped = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    skipped |= {t.untyped_storage().data_ptr() for t in batch.values()}
+    kept: dict[int, tuple[int, Tensor]] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in skipped and tensor.is_floating_point():
+            kept[storage.data_ptr()] = storage.nbytes(), tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        loss = model(**batch)
+    assert loss.requires_grad
+    return sum(size for size, _ in kept.values())
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_memory_of_activations(name: str) -> None:
+    """Within a tenth of what autograd keeps, and the gradient of the logits."""
+    shape = SHAPES[name]
+    measured = saved_bytes(build(shape), tokens(shape.vocabulary, 6, 14))
+    logits = 4 * 6 * 14 * shape.vocabulary
+    found = planned(name, 1).predicted.activation_memory
+    assert found == pytest.approx(measured + logits, rel=0.1)
+
+
+def test_checkpointing_trades_memory_for_time() -> None:
+    """Layers keep their input alone, and are computed again: their forward's time and collectives."""
+    kept, again = planned("gpt", 2), planned("gpt", 2, checkpoint="layer")
+    assert again.predicted.activation_memory < kept.predicted.activation_memory
+    model = model_of(kept)
+    layers = [u.work[2] for u in model.workload.units if u.work[2].in_layer]
+    layers += [w for w in model.workload.rest if w.in_layer]
+    extra = sum(model.evaluate(formulas.phase_time(w.forward, False), 2) for w in layers)
+    assert again.predicted.step_time == pytest.approx(kept.predicted.step_time + extra)
+
+
+# Formulas
+
+
+def test_items_by_hand() -> None:
+    """Each formula's number, worked out by hand."""
+    hardware = replace(
+        load("h200"), flops={"bfloat16": 1e12}, fill=(10.0, 20.0, 30.0), bandwidth=1e9, kernel=1e-6,
+        passes={**load("h200").passes, "gelu": (2.0, 3.0)},
+    )  # fmt: skip
+    numbers = constants(hardware, 2) | {"latency": 1e-5, "bus": 1e9, "d": 2}
+
+    def value(item: Any) -> float:
+        formula = sympy.sympify(seconds(item))
+        return float(formula.subs({s: numbers[s.name] for s in formula.free_symbols}))
+
+    wide = Product(1, 1000, 2000, 3000, "bfloat16")
+    assert value(wide) == pytest.approx(12e-3 * (1 + 0.01 + 0.01 + 0.01) + 22e-3 * 0 + 1e-6, rel=0.9)
+    moved = 2 * (1000 * 3000 + 3000 * 2000 + 1000 * 2000) / 1e9
+    assert value(wide) == pytest.approx(max(12e-3 * 1.03, moved) + 1e-6)
+    assert value(Traffic(10**6)) == pytest.approx(1e-3 + 1e-6)
+    assert value(Traffic(10**6, "gelu", True)) == pytest.approx(3e-3 + 1e-6)
+    assert value(Collective("all_reduce", 10**6, D)) == pytest.approx(1e-5 + 1e-3)
+    assert value(Collective("all_gather", 10**6, D)) == pytest.approx(1e-5 + 0.5e-3)
+    four = numbers | {"d": 4}
+    formula = seconds(Collective("all_reduce", 10**6, D))
+    assert float(formula.subs({s: four[s.name] for s in formula.free_symbols})) == pytest.approx(
+        2e-5 + 1.5e-3
+    )
+
+
+def test_a_product_is_done_in_whole_tiles_and_waves() -> None:
+    """One column more than the tiles hold costs a tile; one tile more than processors a wave."""
+    hardware = replace(load("v100"), fill=(0.0, 0.0, 0.0), kernel=0.0, bandwidth=1e30)
+    numbers = constants(hardware, 1)
+
+    def value(m: int, n: int) -> float:
+        formula = seconds(Product(1, m, n, 1024, "float16"))
+        return float(formula.subs({s: numbers[s.name] for s in formula.free_symbols}))
+
+    assert value(1024, 1280) == value(1023, 1279)  # 8 x 10 tiles on 80 processors: one wave
+    assert value(1024, 1281) == pytest.approx(2 * value(1024, 1280))
+
+
+@pytest.mark.parametrize(
+    ("name", "checkpoint"),
+    [
+        ("gpt", "layer"),
+        pytest.param("llama", None, marks=pytest.mark.slow),
+        pytest.param("fused", None, marks=pytest.mark.slow),
+    ],
+)
+def test_symbolic_at_numbers_is_numeric(name: str, checkpoint: str | None) -> None:
+    """Each region's formula, evaluated by sympy at every degree, is what the plan adds up."""
+    plan = planned(name, 4, checkpoint=checkpoint)
+    model = model_of(plan)
+    different = {id(unit.work[4]): unit for unit in model.workload.units}
+    for unit in different.values():
+        formula = plan.cost_formula(unit.name)
+        assert {s.name for s in formula.free_symbols} >= {"B", "S", "d"}
+        for degree in unit.work:
+            numbers = constants(model.setting.hardware, degree) | {"B": 6, "S": 14, "d": degree}
+            exact = formula.xreplace({s: sympy.Float(numbers[s.name]) for s in formula.free_symbols})
+            assert float(exact) == pytest.approx(plan.costs.alternative(unit.name, degree).step_time)
+
+
+def test_a_plan_is_the_sum_of_its_parts() -> None:
+    """Step time, by region and by kind of cost."""
+    plan = planned("gpt", 4)
+    found, model = plan.predicted, model_of(plan)
+    regions = sum(plan.costs.alternative(r.name, r.degree).step_time for r in plan.regions)
+    assert found.step_time == pytest.approx(regions + model.rest.step_time)
+    kinds = found.compute_time + found.memory_traffic_time + found.exposed_communication_time
+    assert found.step_time == pytest.approx(kinds + found.launch_time)
+    assert found.exposed_communication_time > 0 and found.launch_time >= 0
+    assert planned("gpt", 1).predicted.exposed_communication_time == 0
+
+
+def test_equal_layers_are_costed_once() -> None:
+    """Their work is one object."""
+    units = {u.name: u for u in model_of(planned("gpt", 4)).workload.units}
+    for kind in ("attention", "mlp"):
+        works = {id(units[f"layers.{i}.{kind}"].work[4]) for i in range(3)}
+        assert len(works) == 1
+
+
+def test_collectives_are_those_of_the_plan() -> None:
+    """Bytes of each all-reduce: activations of [B, S, hidden], scalars of the loss."""
+    model = model_of(planned("gpt", 2))
+    unit = next(u for u in model.workload.units if u.name == "layers.0.mlp")
+    found = [
+        i for phase in (unit.work[2].forward, unit.work[2].backward) for i in phase.items
+        if isinstance(i, Collective)
+    ]  # fmt: skip
+    assert [sympy.simplify(c.bytes - 4 * B * S * 64) for c in found] == [0, 0]
+
+
+def test_one_copy_for_two_regions_is_paid_once() -> None:
+    """GPT-J's attention and MLP read one value: its gradient is one all-reduce at equal degrees."""
+    one = case("gptj")
+    model = one.build("eager", dropout=0.0)
+    made = autoshard.plan(model, 4, one.inputs(model), degree="max", hardware="h200")
+    block = next(r.name for r in made.regions if r.kind == "mlp").rpartition(".")[0]
+    names = [r.name for r in made.regions if r.name.startswith(block)]
+    assert len(names) == 2
+    costs = made.costs
+    alone = [costs.predict(made.degrees | dict.fromkeys(names, 1) | {n: 4}) for n in names]
+    neither = costs.predict(made.degrees | dict.fromkeys(names, 1))
+    both = costs.predict(made.degrees)
+    apart = [a.exposed_communication_time - neither.exposed_communication_time for a in alone]
+    together = both.exposed_communication_time - neither.exposed_communication_time
+    assert together < sum(apart)
+    mixed = costs.predict(made.degrees | {names[0]: 2})
+    assert mixed.exposed_communication_time > both.exposed_communication_time
+
+
+# Choices
+
+
+def mixed_plan(**options: Any) -> autoshard.Plan:
+    """Small and large layers, on the meta device."""
+    with torch.device("meta"):
+        model = Mixed(1024, (64, 16384), 512).bfloat16()
+    options = {"hardware": "h200", "batch": 8, "sequence": 1024} | options
+    return autoshard.plan(model, 4, tokens(512, 2, 16), **options)
+
+
+def test_small_regions_stay_whole_and_say_why() -> None:
+    """An all-reduce costs more than the small MLP saves, and less than the large one does."""
+    plan = mixed_plan()
+    assert (plan.degrees["layers.0"], plan.degrees["layers.1"]) == (1, 4)
+    small, large = plan.region("layers.0").reason, plan.region("layers.1").reason
+    assert small.startswith("degree 1: all-reduce ") and " > saved " in small
+    assert large.startswith("degree 4: all-reduce ") and " < saved " in large
+
+
+@pytest.mark.parametrize("share", [None, 0.2, 0.7])
+def test_the_choice_is_the_best_of_all_plans(share: float | None) -> None:
+    """Every assignment of degrees to regions, predicted one by one; with memory that binds."""
+    free = mixed_plan()
+    least = mixed_plan(degree="max").predicted.memory_per_rank
+    most = free.predicted.memory_per_rank
+    memory = None if share is None else least + share * (most - least)
+    chosen = mixed_plan(memory=memory)
+    best = None
+    for degrees in product(*(r.degrees for r in free.regions)):
+        found = free.costs.predict(dict(zip(free.degrees, degrees, strict=True)))
+        if memory is None or found.memory_per_rank <= memory:
+            best = min(best or found.step_time, found.step_time)
+    assert best is not None
+    assert chosen.predicted.step_time == pytest.approx(best, rel=1e-8)
+    if memory is not None:
+        assert chosen.predicted.memory_per_rank <= memory < most
+        assert any("split to fit in memory" in r.reason for r in chosen.regions)
+
+
+def test_too_little_memory_names_the_nearest_miss_and_what_helps() -> None:
+    """How much there is, how much the smallest takes, three ways out."""
+    with pytest.raises(PlanError, match=r"memory=0\.09 GiB.*smallest takes 0\.\d+ GiB") as error:
+        mixed_plan(memory=1e8)
+    for fix in ("more ranks than tp=4", "checkpoint='layer'", "a batch smaller than 8"):
+        assert fix in str(error.value)
+
+
+def test_uniform_takes_one_and_tp_only() -> None:
+    """Where a degree between would be the fastest."""
+    links = tuple(
+        replace(link, bandwidth=link.bandwidth / (50 if link.ranks > 2 else 1))
+        for link in load("h200").links
+    )
+    slow = replace(load("h200"), links=links)
+    assert mixed_plan(hardware=slow).degrees["layers.1"] == 2
+    assert set(mixed_plan(hardware=slow, uniform=True).degrees.values()) <= {1, 4}
+
+
+def test_tied_regions_are_chosen_together() -> None:
+    """nanoGPT's embedding and output share a weight."""
+    with torch.device("meta"):
+        model = nanogpt.GPT(
+            nanogpt.GPTConfig(n_embd=1024, n_head=16, vocab_size=50304, block_size=1024)
+        )
+    batch = {k: torch.zeros((2, 16), dtype=torch.int64) for k in ("idx", "targets")}
+    plan = autoshard.plan(model.bfloat16(), 8, batch, hardware="h200", batch=8, sequence=1024)
+    assert plan.degrees["transformer.wte"] == plan.degrees["lm_head"] == 8
+    assert "2 tied regions" in plan.region("transformer.wte").reason
+
+
+def test_with_degree_predicts_anew() -> None:
+    """Another degree, another time; the reason is the request."""
+    plan = mixed_plan()
+    changed = plan.with_degree("layers.0", 4)
+    assert changed.predicted.step_time > plan.predicted.step_time
+    assert "by request" in changed.notes[-1]
+
+
+def test_an_automatic_plan_is_kept_and_followed(tmp_path: Any) -> None:
+    """Saved, loaded, and taken by plan() as it is."""
+    plan = mixed_plan()
+    plan.save(tmp_path / "plan.json")
+    again = mixed_plan(plan=tmp_path / "plan.json")
+    assert again.degrees == plan.degrees
+    with pytest.raises(PlanError, match="knows no costs"):
+        _ = autoshard.Plan.load(tmp_path / "plan.json").predicted
+
+
+def test_parallelize_follows_the_cost_model() -> None:
+    """By default; in one process it has nothing to choose."""
+    model = build(GPT)
+    tp_model = autoshard.parallelize(model, 1, tokens(256, 2, 16))
+    assert set(tp_model.plan.degrees.values()) == {1}
+    assert tp_model.plan.predicted.step_time > 0
+
+
+# What is planned for
+
+
+def test_defaults() -> None:
+    """The GPU at hand, else h100; the size of given inputs; else 8 and the longest sequence."""
+    shape = replace(GPT, sequence=48)
+    given = autoshard.plan(build(shape), 2, tokens(256, 3, 12))
+    setting = model_of(given).setting
+    expected = "h100" if not torch.cuda.is_available() else setting.hardware.name
+    assert (setting.hardware.name, setting.batch, setting.sequence) == (expected, 3, 12)
+    one = case("gpt2")
+    found = model_of(autoshard.plan(one.build("sdpa"), 2)).setting
+    assert (found.batch, found.sequence) == (8, one.build("sdpa").config.n_positions)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"hardware": "v1000"}, "a100, cpu, h100, h200"),
+        ({"batch": 0}, "batch=0 must be a positive number"),
+        ({"sequence": -4}, "sequence=-4 must be a positive number"),
+        ({"batch": True}, "batch=True"),
+        ({"memory": 0}, "memory=0 must be a positive number of bytes"),
+        ({"memory": -1.0}, "memory=-1.0"),
+        ({"optimizer": "adam"}, "optimizer='adam' must be one of none, sgd"),
+        ({"checkpoint": "block"}, "checkpoint='block'"),
+    ],
+)
+def test_arguments_that_are_none(options: dict[str, Any], message: str) -> None:
+    """A ValueError with what there is; before anything is captured."""
+    with pytest.raises(ValueError, match=message):
+        autoshard.plan(build(GPT), 2, tokens(256, 2, 16), **options)
+
+
+def test_a_fixed_batch_cannot_be_planned_for_another() -> None:
+    """The capture fixes a batch of one; silently wrong times would follow."""
+    with pytest.raises(PlanError, match="batch of 1 only, and batch=8"):
+        _ = autoshard.plan(build(GPT), 2, tokens(256, 1, 16), batch=8, degree="max").predicted
+
+
+def test_hardware_given_as_an_object() -> None:
+    """A Hardware is taken as it is."""
+    fast: Hardware = replace(load("h200"), flops={"float32": 1e18, "bfloat16": 1e18})
+    slow = planned("gpt", 2).predicted.compute_time
+    assert planned.__wrapped__("gpt", 2, hardware=fast).predicted.compute_time < slow

@@ -1,0 +1,151 @@
+"""Machines as data: presets, profiles, and the fit of measurements."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from autoshard.cost_model.fit import LEAST_PASSES, fit, nonnegative
+from autoshard.cost_model.hardware import PROFILES, HardwareError, load, presets
+
+MEASURED = Path(__file__).resolve().parent.parent / "benchmarks" / "measured"
+
+
+def test_presets() -> None:
+    """Those that are promised are there, with a source, and link as many ranks as a node has."""
+    assert {"v100", "a100", "h100", "h200", "cpu"} <= set(presets())
+    for name in presets():
+        hardware = load(name)
+        assert hardware.source
+        assert set(hardware.passes) == set(LEAST_PASSES)
+        assert set(hardware.host) >= {"kernel", "view", "product", "attention", "collective"}
+        assert set(hardware.attention) == {"causal", "full", "masked"}
+        if name != "h200-x1":
+            assert hardware.link(8).bandwidth > 0
+    assert load("v100").link(8).bandwidth > load("v100").link(32).bandwidth
+
+
+@pytest.mark.parametrize("name", ["h200", "h200-x1", "h100"])
+def test_measured_presets_say_when_and_how_well(name: str) -> None:
+    """Date, versions, and the fit's error."""
+    hardware = load(name)
+    assert hardware.date and hardware.versions["torch"]
+    assert 0 < hardware.fit_error["products"] < 0.1
+
+
+def test_a_profile_of_one_device_knows_no_link() -> None:
+    """What to do is said."""
+    with pytest.raises(HardwareError, match="measured on one device"):
+        load("h200-x1").link(2)
+
+
+def test_saved_and_read(tmp_path: Path) -> None:
+    """As it was."""
+    load("h200").save(tmp_path / "mine.json")
+    again = load(tmp_path / "mine.json")
+    assert again == load("h200")
+    assert load(str(tmp_path / "mine.json")) == again
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("memory", None),
+        ("memory", 0),
+        ("bandwidth", "fast"),
+        ("flops", {}),
+        ("flops", {"bfloat16": -1}),
+        ("fill", [1, 2]),
+        ("kernel", -1e-6),
+        ("host", {"kernel": [1e-6]}),
+        ("attention", {"causal": [0, 0]}),
+        ("links", {"ranks": 8}),
+        ("links", [{"ranks": 8, "latency": 1e-5, "bandwidth": 0}]),
+        ("tile", [128]),
+        ("autoshard_hardware", 2),
+    ],
+)
+def test_a_malformed_profile_names_the_field(tmp_path: Path, field: str, value: Any) -> None:
+    """And the file."""
+    document = json.loads((PROFILES / "h200.json").read_text()) | {field: value}
+    (tmp_path / "bad.json").write_text(json.dumps(document))
+    with pytest.raises(HardwareError, match=rf"bad\.json.*{field}"):
+        load(tmp_path / "bad.json")
+
+
+def test_what_is_no_profile(tmp_path: Path) -> None:
+    """No file, no JSON."""
+    with pytest.raises(HardwareError, match="neither a known name"):
+        load("gpu")
+    (tmp_path / "text.json").write_text("fast")
+    with pytest.raises(HardwareError, match="no JSON"):
+        load(tmp_path / "text.json")
+
+
+def test_nonnegative_least_squares() -> None:
+    """Exact where there is an exact solution; no coefficient below zero."""
+    generator = np.random.default_rng(0)
+    features = generator.uniform(1, 2, (30, 3))
+    np.testing.assert_allclose(nonnegative(features, features @ [2.0, 0.0, 3.0]), [2, 0, 3], atol=1e-9)
+    assert (nonnegative(features, features @ [2.0, -1.0, 3.0]) >= 0).all()
+
+
+HOST = ("kernel", "view", "product", "attention", "collective", "step")
+
+
+def made_up() -> dict[str, Any]:
+    """Measurements of a machine whose constants are known."""
+    rate, fill, bandwidth, kernel = 2e14, (20.0, 30.0, 40.0), 1e12, 1e-6
+    gemms = [
+        (m, n, k, 2 * m * n * k / rate * (1 + fill[0] / m + fill[1] / n + fill[2] / k) + kernel)
+        for m in (512, 2048) for n in (256, 1024, 4096) for k in (256, 2048)
+    ]  # fmt: skip
+    attention = [
+        (b, h, s, 64, how, 4 * b * h * s * s * 64 / 1e14, 10 * b * h * s * s * 64 / 5e13)
+        for how in ("causal", "full", "masked") for b, h, s in ((1, 1, 64), (8, 16, 512), (8, 16, 1024))
+    ]  # fmt: skip
+    return {
+        "device": "made up", "memory": 2**34, "versions": {"torch": "0"}, "dtype": "bfloat16",
+        "itemsize": 2, "gemms": gemms, "attention": attention,
+        "passes": [(2**e, 6 * 2**e / bandwidth + kernel) for e in (4, 20, 24, 28)],
+        "operators": [
+            ("gelu", 8192, c, 4 * 8192 * c / bandwidth, 6 * 8192 * c / bandwidth) for c in (1024, 4096)
+        ],
+        "host": {kind: [1e-5, 2e-5] for kind in HOST},
+        "collectives": [
+            ("all_reduce", d, 2**e, 1e-5 * np.log2(d) + 2 * (d - 1) / d * 2**e / 3e11)
+            for d in (2, 4) for e in range(10, 29, 2)
+        ],
+    }  # fmt: skip
+
+
+def test_the_fit_finds_known_constants() -> None:
+    """Of measurements without noise."""
+    found = fit(made_up(), "mine", "2026-01-01")
+    assert found.flops["bfloat16"] == pytest.approx(2e14)
+    assert found.fill == pytest.approx((20.0, 30.0, 40.0), rel=1e-6)
+    assert found.bandwidth == pytest.approx(1e12, rel=1e-3)
+    assert found.kernel == pytest.approx(1e-6, rel=1e-3)
+    assert found.attention["full"] == pytest.approx((1e14, 5e13))
+    assert found.passes["gelu"] == pytest.approx((2.0, 3.0), rel=1e-3)
+    assert [link.ranks for link in found.links] == [2, 4]
+    for link in found.links:
+        assert link.latency == pytest.approx(1e-5) and link.bandwidth == pytest.approx(3e11)
+    assert max(found.fit_error.values()) < 1e-2
+
+
+@pytest.mark.parametrize(
+    ("file", "name"), [("h200-x2", "h200"), ("h200-x1", "h200-x1"), ("h100-x1", "h100")]
+)
+def test_presets_are_the_fit_of_what_was_measured(file: str, name: str) -> None:
+    """Nothing but what the source says was changed by hand."""
+    found = fit(json.loads((MEASURED / f"{file}-calibration.json").read_text()), name, load(name).date)
+    preset = load(name)
+    assert preset.flops["bfloat16"] == found.flops["bfloat16"]
+    assert preset.fill == found.fill and preset.bandwidth == found.bandwidth
+    assert preset.links[:1] == found.links[:1] or not found.links
+    assert preset.attention == found.attention
