@@ -143,7 +143,8 @@ def _analysed(
 def _costs(
     program: Program, model: nn.Module, tp: int, target: Target, example: Inputs, given: Any
 ) -> Costs:
-    return Costs(program.analysis, tp, setting_of(target, model, example, given is not None))
+    setting = setting_of(target, model, example, given is not None)
+    return Costs(program.analysis, tp, setting, target)
 
 
 def _request(model: nn.Module, tp: int, degree: str | int, given: Any) -> Request:

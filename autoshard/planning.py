@@ -109,22 +109,24 @@ def _longest(model: nn.Module) -> int:
 class Costs:
     """The cost model of an analysed graph, made when it is first asked."""
 
-    def __init__(self, analysis: Analysis, tp: int, setting: Setting) -> None:
+    def __init__(
+        self, analysis: Analysis, tp: int, setting: Setting, target: Target | None = None
+    ) -> None:
         self.analysis, self.tp, self.setting = analysis, tp, setting
+        self.target = target or Target()
 
     @cached_property
     def model(self) -> CostModel:
         """The workload on the machine."""
-        work = workload(self.analysis, self.tp)
-        self._check_sizes(work)
-        return CostModel(work, self.setting, self.tp)
+        self._check_sizes()
+        return CostModel(workload(self.analysis, self.tp), self.setting, self.tp)
 
-    def _check_sizes(self, work: Any) -> None:
+    def _check_sizes(self) -> None:
         """A size that the capture fixed cannot be planned for another."""
         fixed = input_sizes(self.analysis)
         for symbol, name in ((B, "batch"), (S, "sequence")):
-            wanted = getattr(self.setting, name)
-            if symbol in fixed and fixed[symbol] != wanted:
+            wanted = getattr(self.target, name)
+            if wanted is not None and fixed.get(symbol, wanted) != wanted:
                 raise PlanError(
                     f"the graph holds for a {name} of {fixed[symbol]} only, and {name}={wanted} is "
                     f"planned for: pass example_inputs with a {name} of 2 or more"

@@ -255,7 +255,10 @@ class _Builder:
         return numel(self._dims(self.axes.dims[node])) * node.meta["val"].element_size()
 
     def _size(self, size: Any) -> Any:
-        return size if isinstance(size, int) else size.xreplace(self.symbols)
+        if isinstance(size, int):
+            return size
+        plain = _plain(size)
+        return self.analysis.hints(size) if plain is None else plain.xreplace(self.symbols)
 
     def _dims(self, dims: tuple[Axis, ...]) -> tuple[Term, ...]:
         return tuple(self._term(axis.find()) for axis in dims)
@@ -290,6 +293,19 @@ def _sum(
         phase(forward, hosts[0]), phase(backward, hosts[1]), total(w.saved for w in works),
         total(w.gradients for w in works), parameters, in_layer,
     )  # fmt: skip
+
+
+@lru_cache(maxsize=65536)
+def _plain(size: Any) -> Any:
+    """A size in sympy's own functions, or None: the graph's has ``FloorDiv`` and others of PyTorch's."""
+    own = {"FloorDiv": lambda a, b: sympy.floor(a / b), "CeilDiv": lambda a, b: sympy.ceiling(a / b)}
+    own |= {"PythonMod": sympy.Mod, "Mod": sympy.Mod, "Max": sympy.Max, "Min": sympy.Min}
+    for kind in {type(f) for f in size.atoms(sympy.Function)}:
+        if kind.__module__.startswith("torch."):
+            if kind.__name__ not in own:
+                return None
+            size = size.replace(kind, own[kind.__name__])
+    return size
 
 
 def _name(node: fx.Node) -> str:
