@@ -297,7 +297,7 @@ def _sum(
 
 @lru_cache(maxsize=65536)
 def _plain(size: Any) -> Any:
-    """A size in sympy's own functions, or None: the graph's has ``FloorDiv`` and others of PyTorch's."""
+    """A size in sympy's own functions (graphs have ``FloorDiv`` and others of PyTorch's), or None."""
     own = {"FloorDiv": lambda a, b: sympy.floor(a / b), "CeilDiv": lambda a, b: sympy.ceiling(a / b)}
     own |= {"PythonMod": sympy.Mod, "Mod": sympy.Mod, "Max": sympy.Max, "Min": sympy.Min}
     for kind in {type(f) for f in size.atoms(sympy.Function)}:

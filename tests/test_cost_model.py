@@ -239,6 +239,24 @@ def test_one_copy_for_two_regions_is_paid_once() -> None:
     assert mixed.exposed_communication_time > both.exposed_communication_time
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["gpt2", "bert", "xlnet", "llama-kv2", "falcon-new", "phi3", "bloom"])
+def test_any_model_has_its_flops_and_formulas(name: str) -> None:
+    """Einsums, sizes with floor division, fused kernels, shared heads: counted as PyTorch counts."""
+    one = case(name)
+    model = one.build(one.attention[-1], dropout=0.0)
+    inputs = one.inputs(model)
+    with FlopCounterMode(display=False) as counter:
+        model(**inputs).loss.backward()
+    plan = autoshard.plan(model, 4, inputs, degree="max", hardware="h200")
+    whole = plan.costs.predict(dict.fromkeys(plan.degrees, 1))
+    assert whole.flops_per_rank == pytest.approx(counter.get_total_flops(), rel=0.05)
+    for region in plan.regions:
+        assert plan.cost_formula(region.name).free_symbols
+    chosen = autoshard.plan(model, 4, inputs, hardware="h200")
+    assert chosen.predicted.step_time <= plan.predicted.step_time * (1 + 1e-9)
+
+
 # Choices
 
 
