@@ -114,11 +114,15 @@ def plan(
     optimizer: str = "adamw",
     checkpoint: str | None = None,
     uniform: bool = False,
+    mesh: DeviceMesh | None = None,
+    device: torch.device | str | None = None,
+    logits: str = "auto",
     strict: bool = False,
 ) -> Plan:
     """The plan that ``parallelize`` would follow. No process group, no GPU; meta models too.
 
-    Args: as ``parallelize``.
+    Args: as ``parallelize``, so that one set serves both; ``mesh``, ``device`` and ``logits`` change
+        nothing here.
         checkpoint: ``"layer"``: plan for activations that are computed again, layer by layer.
 
     Raises: as ``parallelize``.

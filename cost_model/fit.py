@@ -7,15 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from autoshard.cost_model.hardware import Hardware, Link
-
-# What a kernel that was not measured by name costs, in times that the result crosses the memory:
-# what it reads and writes at the least.
-LEAST_PASSES = {
-    "layer_norm": (2.0, 4.0), "rms_norm": (2.0, 4.0), "softmax": (2.0, 3.0), "dropout": (2.5, 2.5),
-    "gelu": (2.0, 3.0), "cross_entropy": (3.0, 3.0), "vocab_cross_entropy": (4.0, 4.0),
-    "embedding": (2.0, 1.5), "broadcast": (2.0, 3.0),
-}  # fmt: skip
+from autoshard.cost_model.hardware import LEAST_PASSES, Hardware, Link
 
 
 def fit(measured: Mapping[str, Any], name: str, date: str) -> Hardware:

@@ -16,6 +16,16 @@ from typing import Any
 PROFILES = Path(__file__).resolve().parent / "profiles"
 
 
+ATTENTION_KERNELS = ("causal", "full", "masked")
+# What a kernel that was not measured by name costs, in times that the result crosses the memory:
+# what it reads and writes at the least.
+LEAST_PASSES = {
+    "layer_norm": (2.0, 4.0), "rms_norm": (2.0, 4.0), "softmax": (2.0, 3.0), "dropout": (2.5, 2.5),
+    "gelu": (2.0, 3.0), "cross_entropy": (3.0, 3.0), "vocab_cross_entropy": (4.0, 4.0),
+    "embedding": (2.0, 1.5), "broadcast": (2.0, 3.0),
+}  # fmt: skip
+
+
 class HardwareError(ValueError):
     """An unknown name, or a profile with a field that is missing or wrong."""
 
@@ -51,7 +61,8 @@ class Hardware:
         kernel: seconds that the smallest kernel takes on the device.
         attention: kernel -> (forward, backward) FLOP/s, counted as if nothing were masked.
         passes: operator -> (forward, backward) times that the result's bytes cross the memory.
-        host: node kind -> (forward, backward) seconds of Python and launch.
+        host: node kind -> (forward, backward) seconds of Python and launch; 0 where not given (one
+            process has no collectives, and no parameters that are DTensors).
         links: levels of the network, from the inside out.
         overlap: share of the collectives' time that the runtime hides: 0, it hides none.
         source: where the numbers come from; date, versions and fit_error of a measured profile.
@@ -166,6 +177,9 @@ def _read(path: Path) -> Hardware:
         raise HardwareError(f"{path}: field 'fill' must be three numbers, is {fill!r}")
     if not isinstance(links, list) or not all(isinstance(link, dict) for link in links):
         raise HardwareError(f"{path}: field 'links' must be a list of objects, is {links!r}")
+    for kernel in ATTENTION_KERNELS:
+        if kernel not in table("attention"):
+            raise HardwareError(f"{path}: field 'attention.{kernel}' is missing")
     flops = {k: positive(f"flops.{k}", v) for k, v in table("flops").items()}
     if not flops:
         raise HardwareError(f"{path}: field 'flops' names no dtype")
@@ -178,7 +192,7 @@ def _read(path: Path) -> Hardware:
         bandwidth=positive("bandwidth", document.get("bandwidth")),
         kernel=number("kernel", document.get("kernel")),
         attention={k: _rates(path, k, v) for k, v in pairs("attention").items()},
-        passes=pairs("passes"),
+        passes=LEAST_PASSES | pairs("passes"),
         host=pairs("host"),
         links=tuple(
             Link(

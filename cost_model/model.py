@@ -213,7 +213,7 @@ class CostModel:
         names, call = function
         values: dict[str, float] = {"B": self.setting.batch, "S": self.setting.sequence, "d": degree}
         values |= self._constants(degree)
-        return float(call(*(values.get(name, 1.0) for name in names)))
+        return float(call(*(0.0 if _is_free(name, values) else values[name] for name in names)))
 
     def _constants(self, degree: int) -> dict[str, float]:
         if not hasattr(self, "_by_degree"):
@@ -221,6 +221,11 @@ class CostModel:
         if degree not in self._by_degree:
             self._by_degree[degree] = formulas.constants(self.setting.hardware, degree)
         return self._by_degree[degree]
+
+
+def _is_free(name: str, values: Mapping[str, float]) -> bool:
+    """A kind of node that costs the host nothing on this machine."""
+    return name.startswith("host_") and name not in values
 
 
 def _only(seconds: float, **fields: float) -> Predicted:

@@ -117,6 +117,19 @@ def test_what_is_wrong_is_said(
 
 
 @pytest.mark.slow
+def test_calibrate_one_process(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It knows no link: tp=1 is planned (in seconds that make sense), tp=2 is refused."""
+    profile = tmp_path / "alone.json"
+    assert main(["calibrate", "--out", str(profile)]) == 0
+    capsys.readouterr()
+    arguments = ["--hardware", str(profile), "--batch", "2", "--sequence", "16", "--json"]
+    assert main(["plan", f"{__name__}:tiny", "--tp", "1", *arguments]) == 0
+    assert 1e-5 < json.loads(capsys.readouterr().out)["predicted"]["step_time"] < 0.5
+    assert main(["plan", f"{__name__}:tiny", "--tp", "2", *arguments]) == 2
+    assert "knows no link" in capsys.readouterr().err
+
+
+@pytest.mark.slow
 def test_calibrate_two_processes(tmp_path: Path) -> None:
     """A profile of this machine, with its link, that plan() takes."""
     profile = tmp_path / "here.json"

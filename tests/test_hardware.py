@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from autoshard.cost_model.fit import LEAST_PASSES, fit, nonnegative
-from autoshard.cost_model.hardware import PROFILES, HardwareError, load, presets
+from autoshard.cost_model.fit import fit, nonnegative
+from autoshard.cost_model.hardware import LEAST_PASSES, PROFILES, HardwareError, load, presets
 
 MEASURED = Path(__file__).resolve().parent.parent / "benchmarks" / "measured"
 
@@ -62,7 +62,8 @@ def test_saved_and_read(tmp_path: Path) -> None:
         ("fill", [1, 2]),
         ("kernel", -1e-6),
         ("host", {"kernel": [1e-6]}),
-        ("attention", {"causal": [0, 0]}),
+        ("attention", {k: [0, 0] for k in ("causal", "full", "masked")}),
+        ("attention", {"causal": [1e12, 1e12]}),
         ("links", {"ranks": 8}),
         ("links", [{"ranks": 8, "latency": 1e-5, "bandwidth": 0}]),
         ("tile", [128]),
