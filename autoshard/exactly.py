@@ -17,7 +17,8 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 aten = torch.ops.aten
-LOWER = (torch.float16, torch.bfloat16, torch.float32)
+EXACT = dict.fromkeys((torch.float16, torch.bfloat16, torch.float32), torch.float64)
+EXACT |= dict.fromkeys((torch.complex32, torch.complex64), torch.complex128)
 
 
 class _Exact(TorchDispatchMode):
@@ -43,9 +44,7 @@ class _Exact(TorchDispatchMode):
         if func is aten._grouped_mm.default and args[0].dtype is torch.float64:
             return _grouped_mm(*args[:3])
         if self.dtype is torch.float64:
-            args, kwargs = pytree.tree_map_only(
-                torch.dtype, lambda d: self.dtype if d in LOWER else d, (args, kwargs)
-            )
+            args, kwargs = pytree.tree_map_only(torch.dtype, lambda d: EXACT.get(d, d), (args, kwargs))
         return func(*args, **kwargs)
 
 
@@ -87,7 +86,7 @@ def edit_exactly(dtype: torch.dtype) -> Callable[[fx.Graph], None]:
             if dtype is torch.float64:
                 node.args, node.kwargs = pytree.tree_map_only(
                     torch.dtype,
-                    lambda d: dtype if d in LOWER else d,
+                    lambda d: EXACT.get(d, d),
                     (tuple(node.args), dict(node.kwargs)),
                 )
             if node.target is aten.dropout.default:
