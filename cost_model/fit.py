@@ -157,6 +157,8 @@ def _links(rows: list[Any]) -> tuple[tuple[Link, ...], float]:
         hops, share = np.log2(degree), 2 * (degree - 1) / degree
         features = np.stack([share * large[:, 0], np.full(len(large), hops)], axis=1)
         x = nonnegative(features, large[:, 1])
+        if x[0] <= 0:  # noise: the largest is all bandwidth
+            x = np.array([large[-1, 1] / features[-1, 0], 0.0])
         links.append(Link(int(degree), float(x[1]), float(1 / x[0])))
         errors.append(_error(features, x, large[:, 1]))
     return tuple(links), float(np.mean(errors)) if errors else 0.0

@@ -43,7 +43,7 @@ SMALL_ATTENTION = [(2, 4, 128, 64), (2, 8, 256, 64), (1, 4, 512, 64)]
 NUMELS = [2**e for e in range(12, 29, 2)]
 SMALL_NUMELS = [2**e for e in range(12, 23, 2)]
 COLLECTIVE_NUMELS = [2**e for e in range(10, 28)]
-SMALL_COLLECTIVE_NUMELS = [2**e for e in range(8, 22, 2)]
+SMALL_COLLECTIVE_NUMELS = [2**e for e in range(8, 24, 2)]
 
 
 def measure(device: torch.device, dtype: torch.dtype, degrees: tuple[int, ...] = ()) -> dict[str, Any]:

@@ -12,7 +12,7 @@ After, at degree 2 (paper, figure 3a: f is ``copy``, g is ``reduce``)::
     fc = aten.addmm(b1, x_copy, w1)     # [B·S, 2h]   columns of w1
     act = aten.gelu(fc)
     out = aten.mm(act, w2)              # rows of w2: a partial sum
-    out_reduce = ops.reduce(out, tp2)   # all-reduce; identity for the gradient
+    out_reduce = ops.reduce(out, tp2, True)  # all-reduce, in place; identity for the gradient
     out_add = aten.add(out_reduce, b2)  # the bias once
 
 A value is either *whole* (the same on every rank, its gradient whole) or *inside* a group of d ranks

@@ -49,7 +49,7 @@ def test_the_main_job(tmp_path: Path) -> None:
         "10 regions over tp=2 ranks",
         "transformer.h.{0..3}.mlp",
         "ops.copy(view_1, tp2)",
-        "addmm_1_reduce = ops.reduce(addmm_1, tp2)",
+        "addmm_1_reduce = ops.reduce(addmm_1, tp2, True)",
         "rank 1 on cpu",
         "the same training",
     ):

@@ -139,6 +139,14 @@ def test_the_fit_finds_known_constants() -> None:
     assert max(found.fit_error.values()) < 1e-2
 
 
+def test_a_noisy_link_still_has_a_bandwidth() -> None:
+    """Times that do not grow with the size: the largest says how much passes at least."""
+    noisy = made_up()
+    noisy["collectives"] = [("all_reduce", 2, 2**e, 1e-3 * (30 - e)) for e in range(10, 24)]
+    link = fit(noisy, "mine", "2026-01-01").links[0]
+    assert 0 < link.bandwidth < float("inf") and link.latency >= 0
+
+
 @pytest.mark.parametrize(
     ("file", "name"), [("h200-x2", "h200"), ("h200-x1", "h200-x1"), ("h100-x1", "h100")]
 )
