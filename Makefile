@@ -54,7 +54,7 @@ test-fast: $(INSTALLED)
 	$(PYTEST) $(PARALLEL) -m "not slow" $(ARGS)
 
 golden: $(INSTALLED)
-	$(PYTEST) tests/test_golden.py --update-golden $(ARGS)
+	$(PYTEST) tests/test_golden.py tests/test_register_rule.py --update-golden $(ARGS)
 
 clean:
 	rm -rf build dist *.egg-info demo-output .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

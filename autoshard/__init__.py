@@ -13,6 +13,7 @@ from autoshard.errors import (
 )
 from autoshard.module import ParallelModule
 from autoshard.plans import Plan, Region
+from autoshard.rules import register_rule
 from autoshard.verification import Report, verify
 
 __version__ = "0.1.0"
@@ -29,5 +30,6 @@ __all__ = [
     "UnsoundGraphError",
     "parallelize",
     "plan",
+    "register_rule",
     "verify",
 ]

@@ -154,11 +154,16 @@ def _detached(graph: fx.Graph, value: Any) -> Any:
 
 def _drop_empty_operands(node: fx.Node) -> None:
     """``cat`` passes over operands of shape [0], whatever the rank of the others."""
-    operands = [n for n in node.args[0] if tuple(n.meta["val"].shape) != (0,)]  # type: ignore[union-attr]
+    operands = [n for n in node.args[0] if not _is_empty(n.meta["val"])]  # type: ignore[union-attr]
     if len(operands) == 1:
         _replace(node, operands[0])
     elif 0 < len(operands) < len(node.args[0]):  # type: ignore[arg-type]
         node.args = (operands, *node.args[1:])
+
+
+def _is_empty(value: Tensor) -> bool:
+    """Whether a tensor's shape is [0]; a size that is not known counts as more."""
+    return value.dim() == 1 and isinstance(value.shape[0], int) and value.shape[0] == 0
 
 
 def _index_as_slice(node: fx.Node, constants: Mapping[str, Tensor]) -> None:

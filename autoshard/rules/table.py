@@ -177,11 +177,38 @@ RULES: dict[str, Rule] = {
 }
 
 
+def register_rule(op: torch._ops.OpOverload, rule: str | Callable[[Call], None]) -> None:
+    """Say what an operator of your own does with axes, in one line::
+
+        autoshard.register_rule(torch.ops.mine.scaled.default, "* h, h -> * h")
+
+    The row is the promise that on a rank's share of each free axis the operator gives the share of
+    the result; ``autoshard.verify`` checks it on a model.
+
+    Args:
+        op: an overload, as of ``torch.library.custom_op`` (with ``register_autograd`` for training).
+        rule: a row in the notation of ``docs/rules.md``, or a function that fills in a ``Call``.
+
+    Raises:
+        ValueError: a malformed row, an operator that is no overload, or one that has a rule already.
+    """
+    if not isinstance(op, torch._ops.OpOverload):
+        raise ValueError(f"{op} is no overload of an operator: pass {op}.default")
+    name = _qualified(op)
+    if name in RULES:
+        raise ValueError(f"{name} has the rule {RULES[name].text!r} already")
+    RULES[name] = row(rule) if isinstance(rule, str) else computed(rule)
+    rule_for.cache_clear()
+
+
+def _qualified(op: torch._ops.OpOverload) -> str:
+    return f"{op.namespace}.{op._schema.name.partition('::')[2]}.{op._overloadname}"
+
+
 @lru_cache(maxsize=4096)
 def rule_for(op: torch._ops.OpOverload) -> Rule | None:
     """The operator's rule: its row, or pointwise by its tag, or None."""
-    name = f"{op.namespace}.{op._schema.name.partition('::')[2]}.{op._overloadname}"
-    known = RULES.get(name)
+    known = RULES.get(_qualified(op))
     if known is not None:
         return known
     mutates = any(a.alias_info is not None and a.alias_info.is_write for a in op._schema.arguments)
