@@ -166,13 +166,21 @@ def _bind(atom: Axis, target: Axis) -> None:
         freeze(target, atom.frozen)
 
 
+def _essential(axis: Axis) -> Axis:
+    """The axis without factors of one element: ``[x·1]`` is x."""
+    axis = axis.find()
+    while axis.factors is not None and len(factors_of(axis)) == 1:
+        axis = factors_of(axis)[0].find()
+    return axis
+
+
 def unify(a: Axis, b: Axis) -> None:
     """Make a and b the same axis, refining both as far as needed.
 
     Raises:
         AxisMismatch: no common refinement exists. What was unified before the failure stays.
     """
-    a, b = a.find(), b.find()
+    a, b = _essential(a), _essential(b)
     if a is b:
         return
     if a.is_atom and b.is_atom:
@@ -221,6 +229,8 @@ def divide(axis: Axis, outer: Size) -> tuple[Axis, Axis]:
     """
     axis = axis.find()
     inner = ratio(axis.size, outer)
+    if inner == 1:
+        return axis, Axis(1)
     if inner is None:
         raise AxisMismatch(f"{axis.size} is not a multiple of {outer}")
     if axis.is_atom:

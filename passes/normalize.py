@@ -6,12 +6,14 @@ Before::
     y = wrap_with_set_grad_enabled(False, submod_0, x)[0]
     z = add_(scores, bias)              # later uses read ``scores``
     w = cat([empty, k], -2)             # an empty cache of shape [0]
+    u = new_empty(q, [.., 24]); copy_(slice(u, -1, 0, 8), a); copy_(slice(u, -1, 8, 24), b)
 
 After::
 
     y = detach(cos(x))                  # nested graphs inlined
     z = add(scores, bias)               # later uses read ``z``
     w = k
+    u = cat([a, b], -1)
 """
 
 from __future__ import annotations
@@ -59,6 +61,8 @@ def normalize(
             _replace(node, node.args[0])
         elif name in ("cat", "concat", "concatenate"):
             _drop_empty_operands(node)
+        elif name in ("new_empty", "empty", "empty_like"):
+            _writes_as_cat(node)
         elif name == "index":
             _index_as_slice(node, constants)
         elif name.endswith("_") and not name.startswith("_") and node in weighted:
@@ -159,6 +163,55 @@ def _drop_empty_operands(node: fx.Node) -> None:
         _replace(node, operands[0])
     elif 0 < len(operands) < len(node.args[0]):  # type: ignore[arg-type]
         node.args = (operands, *node.args[1:])
+
+
+def _writes_as_cat(node: fx.Node) -> None:
+    """A tensor made empty and written slice by slice, all of it, is a concatenation."""
+    shape = node.meta["val"].shape
+    parts: list[tuple[int, int, fx.Node, fx.Node]] = []  # start, end, view, write
+    dims: set[int] = set()
+    for view in node.users:
+        if _name(view) != "slice" or len(view.users) != 1 or len(view.args) > 4:
+            break  # it is read from here on
+        write = next(iter(view.users))
+        given: list[Any] = list(view.args[1:])
+        dim, start, end = given + [0, 0, sys.maxsize][len(given) :]
+        if _name(write) != "copy_" or write.args[0] is not view or write.users:
+            break
+        start = start or 0
+        if not (isinstance(dim, int) and isinstance(start, int) and isinstance(end, int)):
+            break
+        size, source = shape[dim], write.args[1]
+        if not isinstance(size, int) or not isinstance(source, fx.Node):
+            break
+        if not _alike(source.meta.get("val"), view.meta["val"]):
+            break
+        first, last = (min(max(i + size if i < 0 else i, 0), size) for i in (start, end))
+        parts.append((first, last, view, write))
+        dims.add(dim % len(shape))
+    parts.sort(key=lambda part: part[0])
+    ends = [0, *(end for _, end, *_ in parts)]
+    tiled = all(start == end for (start, *_), end in zip(parts, ends, strict=False))
+    if len(dims) != 1 or not tiled or ends[-1] != shape[next(iter(dims))]:
+        return
+    order = {n: i for i, n in enumerate(node.graph.nodes)}
+    latest = max((write for *_, write in parts), key=order.__getitem__)
+    views = {view for *_, view, _ in parts}
+    if any(order[user] < order[latest] for user in node.users if user not in views):
+        return
+    with node.graph.inserting_after(latest):
+        sources = [write.args[1] for *_, write in parts]
+        new = node.graph.call_function(torch.ops.aten.cat.default, (sources, dims.pop()))
+    new.meta = dict(node.meta) | {k: v for k, v in latest.meta.items() if k != "val"}
+    node.replace_all_uses_with(new, delete_user_cb=lambda user: user not in views)
+    for *_, view, write in parts:
+        node.graph.erase_node(write)
+        node.graph.erase_node(view)
+
+
+def _alike(a: Any, b: Any) -> bool:
+    """Whether two tensors have one shape and dtype."""
+    return isinstance(a, Tensor) and a.dtype == b.dtype and str(a.shape) == str(b.shape)
 
 
 def _is_empty(value: Tensor) -> bool:

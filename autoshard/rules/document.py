@@ -14,9 +14,9 @@ page is written from that table (`make golden`); a brute-force test runs every r
 
 A letter is an axis, equal letters are the same axis; `+` is summed (split, it leaves a partial sum),
 `^` is needed whole, `!` on an operand is added once after the reduction, `~` is looked up by global
-index, `*` is any leading dimensions. Where a rule depends on arguments, the page says what it does. Operators
-with PyTorch's tag `pointwise` need no row: their dimensions are aligned from the right and pass. All
-others keep their operands whole and are listed in `plan.unknown`.
+index, `*` is any leading dimensions. Where a rule depends on arguments, the page says what it does.
+Operators with PyTorch's tag `pointwise` need no row: their dimensions are aligned from the right and
+pass. All others keep their operands whole and are listed in `plan.unknown`.
 
 An operator of your own gets its rule in one line:
 
