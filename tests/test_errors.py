@@ -306,6 +306,30 @@ def test_a_backward_that_is_no_derivative_is_refused(function: Any, how: str) ->
         autoshard.plan(MLP(apply), 2, INPUT, degree="max")
 
 
+class Masked(torch.autograd.Function):
+    """acos(x) where a mask of integers says so; a backward that is a constant."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, mask: Tensor) -> Tensor:
+        ctx.save_for_backward(mask)
+        return (x / 100).acos() * mask
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad * ctx.saved_tensors[0] * -0.0101, None
+
+
+def test_a_mask_does_not_hide_a_wrong_backward() -> None:
+    """Both gradients are 0 where it is 0, and NaN where acos is; the scale that tells decides."""
+
+    def masked(x: Tensor) -> Tensor:
+        out: Tensor = Masked.apply(x, torch.ones_like(x, dtype=torch.int64))
+        return out
+
+    with pytest.raises(CaptureError, match="Masked"):
+        autoshard.plan(MLP(masked), 2, INPUT, degree="max")
+
+
 @pytest.mark.parametrize("function", [Swish, NewSwish])
 @pytest.mark.parametrize("how", ["called", "stored"])
 def test_a_backward_that_is_the_derivative_is_accepted(function: Any, how: str) -> None:
