@@ -72,6 +72,17 @@ def exactly(dtype: torch.dtype) -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """Tensors that code makes without saying a dtype (``torch.full``) have this one."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
 def edit_exactly(dtype: torch.dtype) -> Callable[[fx.Graph], None]:
     """The same for a captured graph, nested graphs included."""
 

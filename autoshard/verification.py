@@ -6,6 +6,7 @@ compared with the model itself, run eagerly: every output, and the gradient of e
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from torch.utils import _pytree as pytree
 
 from autoshard import capture as capturing
 from autoshard.errors import AutoshardError
-from autoshard.exactly import edit_exactly, exactly
+from autoshard.exactly import default_dtype, edit_exactly, exactly
 from autoshard.inputs import normalized_inputs
 from autoshard.pipeline import Program, analyse, rewrite
 from autoshard.plans import Plan
@@ -92,7 +93,18 @@ def verify(
     Raises:
         AutoshardError: the model cannot be captured or split.
     """
+    if plan is None and degree != "max" and not (isinstance(degree, int) and 0 < degree <= tp):
+        raise ValueError(f'degree={degree!r} must be "max" or a number up to tp={tp}; or pass plan=')
     args, kwargs = normalized_inputs(model, example_inputs)
+    exact = dtype is torch.float64  # a lower one runs as it would in training
+    with default_dtype(dtype) if exact else contextlib.nullcontext():
+        return _verified(model, tp, args, kwargs, degree, plan, dtype)
+
+
+def _verified(
+    model: nn.Module, tp: int, args: tuple[Any, ...], kwargs: dict[str, Any], degree: str | int,
+    plan: Plan | None, dtype: torch.dtype,
+) -> Report:  # fmt: skip
     subject = perturbed(copy.deepcopy(model).to(dtype), seed=0)
     args, kwargs = pytree.tree_map_only(
         Tensor, lambda t: t.to(dtype) if t.is_floating_point() else t.clone(), (args, kwargs)
