@@ -216,9 +216,21 @@ def unify_products(left: Sequence[Axis], right: Sequence[Axis]) -> None:
             unify(first, x)
             ys[:0] = factors_of(rest)
         else:
-            raise AxisMismatch(f"{x.size} and {y.size}", [x, y, *xs, *ys])
+            left, right = _from_the_right([x, *xs], [y, *ys])
+            raise AxisMismatch(f"{x.size} and {y.size}", [*left, *right])
     if xs or ys:
         raise AxisMismatch(f"left over: {xs or ys}", [*xs, *ys])
+
+
+def _from_the_right(left: list[Axis], right: list[Axis]) -> tuple[list[Axis], list[Axis]]:
+    """Unify equal last factors; what is left of both.
+
+    Two products of one size have their last factors in common where those are equal, whatever stands
+    before: ``[S', heads, 64]`` and ``[S'//8, 8, heads, 64]``.
+    """
+    while left and right and same_size(left[-1].find().size, right[-1].find().size):
+        unify(left.pop(), right.pop())
+    return left, right
 
 
 def divide(axis: Axis, outer: Size) -> tuple[Axis, Axis]:

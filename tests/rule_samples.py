@@ -426,6 +426,20 @@ def repeat_interleave(draw: Draw) -> Sample:
     return Sample((draw.real(*shape), draw.choice(2, 3), draw.choice(1, 0, -1)), splits=3)
 
 
+def repeat_interleave_sized(draw: Draw) -> Sample:
+    """The same where the caller says the size, which is that of all ranks together."""
+    shape = (draw.size(), draw.size(), draw.size())
+    times, dim = draw.choice(2, 3), draw.choice(1, 0, -1)
+    size = {"output_size": shape[dim] * times}
+    return Sample((draw.real(*shape), times, dim), size, splits=3)
+
+
+def triangle(draw: Draw) -> Sample:
+    """A batch of matrices, one half of each."""
+    shape = (draw.size(), draw.size(), draw.size())
+    return Sample((draw.real(*shape), draw.choice(0, 1, -1)), splits=1)
+
+
 def stack(draw: Draw) -> Sample:
     """``stack`` of matrices."""
     a, b = draw.size(), draw.size()
@@ -695,7 +709,13 @@ SAMPLES: dict[str, tuple[Build, ...]] = {
         unary([2, 1]), unary([1, 3]), unary([2, 3]), unary([2, 1, 1]), unary([3, 1, 2]),
         shaped(4, 1, 6, splits=2, args=([1, 5, 1],)), unary([1, 1]),
     ),
-    "aten.repeat_interleave.self_int": (repeat_interleave, unary(2, splits=0)),
+    "aten.repeat_interleave.self_int": (
+        repeat_interleave,
+        repeat_interleave_sized,
+        unary(2, splits=0),
+    ),
+    "aten.tril.default": (triangle,),
+    "aten.triu.default": (triangle,),
     # structure
     "aten.slice.Tensor": (
         sliced, shaped(4, 12, splits=2, args=(1, 0, None, 2)),

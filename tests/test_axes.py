@@ -301,3 +301,25 @@ def test_same_size_sees_through_the_form() -> None:
     """``B·(S + 1)`` is ``B·S + B``."""
     assert same_size(B * (S + 1), B * S + B)
     assert not same_size(B, S) and not same_size(B, 4) and same_size(4, 4)
+
+
+def test_equal_last_factors_align_whatever_stands_before() -> None:
+    """A padded sequence in chunks: heads and their size are the same axes on both sides."""
+    left = [Axis(B), Axis(S), Axis(6), Axis(64)]
+    right = [Axis(B), Axis(sympy.floor(S / 8)), Axis(8), Axis(6), Axis(64)]
+    with pytest.raises(AxisMismatch) as caught:
+        unify_products(left, right)
+    assert left[0].find() is right[0].find()
+    assert left[2].find() is right[3].find() and left[3].find() is right[4].find()
+    assert {id(a.find()) for a in caught.value.rest} == {id(a.find()) for a in (left[1], *right[1:3])}
+
+
+def test_a_factor_of_one_element_is_nothing() -> None:
+    """[x·1] is x: no wrapping without end."""
+    part = concatenation([Axis(1), Axis(4), product([Axis(4), Axis(4)])])
+    wrapped = Axis(21)
+    wrapped.factors = (part, Axis(1))
+    unify(wrapped, part)
+    assert divide(part, 21)[0] is part.find()
+    unify(wrapped, concatenation([Axis(1), Axis(20)]))
+    assert sum(a.find().size for a in parts_of(part)) == 21

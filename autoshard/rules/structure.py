@@ -208,6 +208,13 @@ def pad(call: Call) -> None:
     call.outputs = [tuple(dims)]
 
 
+def last_two(call: Call) -> None:
+    """``tril``, ``triu``: the last two dimensions are needed whole; the others pass."""
+    dims = call.operand("self")
+    call.freeze(dims[-2:], "needs its last two dimensions whole")
+    call.outputs = [dims]
+
+
 def along(name: str = "dim") -> Any:
     """Operators that need one dimension whole (``softmax``, ``cumsum``, ``roll``...); others pass."""
 

@@ -90,6 +90,8 @@ RULES: dict[str, Rule] = {
     "aten.all.dim": ALONG,
     "aten.sort.default": ALONG,
     "aten.topk.default": ALONG,
+    "aten.tril.default": computed(structure.last_two),
+    "aten.triu.default": computed(structure.last_two),
     "aten.flip.default": computed(structure.along("dims")),
     "aten.roll.default": computed(structure.along("dims")),
     "aten.glu.default": ALONG,

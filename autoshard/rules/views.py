@@ -155,7 +155,7 @@ def local_repeats(call: Call, local: Local) -> dict[str, Any]:
     inner, outer = local.size(dims[dim]), local.size(result[dim])
     repeats = axes.ratio(outer, inner)
     assert repeats is not None
-    return {"repeats": repeats}
+    return {"repeats": repeats, "output_size": None}
 
 
 def local_tiles(call: Call, local: Local) -> dict[str, Any]:
