@@ -119,8 +119,8 @@ def _inline_nested(graph: fx.Graph) -> None:
         _inline_nested(inner)
         with graph.inserting_before(node):
             results = _copy_into(graph, inner, operands)
-            if not enabled:
-                results = [_detached(graph, r) for r in results]
+            if not enabled:  # an operand that comes out again keeps its history
+                results = [r if _itself(r) in operands else _detached(graph, r) for r in results]
         for user in list(node.users):
             if user.target is operator.getitem:
                 _replace(user, results[user.args[1]])
@@ -144,6 +144,21 @@ def _copy_into(graph: fx.Graph, inner: fx.Graph, operands: list[Any]) -> list[An
         else:
             values[node] = graph.node_copy(node, lambda n: values[n])
     raise AssertionError("a graph without an output")
+
+
+def _itself(value: Any) -> Any:
+    """The tensor that a value is: ``to`` its own dtype and ``contiguous`` give the very operand."""
+    while isinstance(value, fx.Node) and _name(value) in ("to", "type_as", "contiguous"):
+        source = value.args[0]
+        assert isinstance(source, fx.Node)
+        before, after = source.meta.get("val"), value.meta.get("val")
+        copied = value.kwargs.get("copy") or (len(value.args) > 3 and value.args[3])
+        if not (isinstance(before, Tensor) and isinstance(after, Tensor)) or copied:
+            break
+        if not _alike(before, after) or str(before.stride()) != str(after.stride()):
+            break
+        value = source
+    return value
 
 
 def _detached(graph: fx.Graph, value: Any) -> Any:

@@ -340,6 +340,40 @@ def test_a_backward_that_is_the_derivative_is_accepted(function: Any, how: str) 
     assert report.plan.sharded_fraction == 1.0
 
 
+# What stands under no_grad
+
+
+class Aside(nn.Module):
+    """Uses under no_grad a value that it goes on with: converting to its own dtype gives itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.mlp = nn.Linear(8, 8), MLP()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [n, 8] -> [n, 8]."""
+        x = self.first(x)
+        with torch.no_grad():
+            same = x.to(x.dtype)
+            gate = same.sigmoid()
+        out: Tensor = self.mlp(same * gate)
+        return out
+
+
+def test_an_operand_that_leaves_no_grad_keeps_its_history() -> None:
+    """The gradient flows through ``same``, not through ``gate``; in float32 as in float64."""
+    for dtype in (torch.float64, torch.float32):
+        report = autoshard.verify(Aside(), 2, INPUT, dtype=dtype)
+        assert report.ok, report
+    model = Aside()
+    tp_model = autoshard.parallelize(model, 1, INPUT, degree="max")
+    for each in (model, tp_model):
+        each(*INPUT).sum().backward()
+    expected = model.first.weight.grad
+    assert expected is not None and expected.abs().max() > 0
+    torch.testing.assert_close(tp_model.first.weight.grad, expected)
+
+
 # Hooks on gradients
 
 
