@@ -81,7 +81,7 @@ def parallelize(
     if logits not in LOGITS:
         raise ValueError(f"logits={logits!r} must be one of {', '.join(LOGITS)}")
     device_mesh = init_mesh(tp, mesh, device)
-    target = Target(hardware, batch, sequence, memory, optimizer, None, uniform)
+    target = Target(hardware, batch, sequence, memory, optimizer, uniform=uniform)
     program, request, example = _analysed(model, tp, example_inputs, degree, plan)
     costs = _costs(program, model, tp, target, example, example_inputs)
     meta = [n for n, p in model.named_parameters() if p.is_meta]

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from autoshard.analysis import Split
 from autoshard.axes import Axis, Size, atoms_of
-from autoshard.layouts import Concat, Layout, Leaf, Product, is_disjoint, is_split
+from autoshard.layouts import Concat, Layout, Leaf, Product, is_disjoint, is_split, share_size
 
 ALIGNMENT = 128  # a rank's rows of a vocabulary are padded to a multiple (paper, section 5.1)
 ALIGNED_FROM = 1024  # fewer rows than this are not worth it
@@ -133,6 +133,14 @@ def _simplified(factors: tuple[Layout, ...]) -> Layout:
             else:
                 flat.append(f)
     return flat[0] if len(flat) == 1 else Product(tuple(flat))
+
+
+def stored_numel(dims: tuple[Axis, ...], shape: Sequence[int], assignment: Assignment) -> int:
+    """Elements of a parameter on the rank that holds most."""
+    dim = stored_dim(dims, assignment)
+    if dim is None:
+        return math.prod(shape)
+    return math.prod(shape) // shape[dim] * share_size(assignment.layout(dims[dim]), 0)
 
 
 def stored_dim(dims: tuple[Axis, ...], assignment: Assignment) -> int | None:

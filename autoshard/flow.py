@@ -9,11 +9,12 @@ axes and the cuts alone: the rewriting and the plan's counts both follow it.
 from __future__ import annotations
 
 import operator
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from torch import fx
 
-from autoshard.analysis import Axes
+from autoshard.analysis import Axes, Candidate
 from autoshard.assignment import Assignment, stored_dim
 from autoshard.rules import Call
 
@@ -51,6 +52,26 @@ def flow(graph: fx.Graph, axes: Axes, assignment: Assignment) -> Flow:
         elif node.target is operator.getitem and node.args[0] in inside:
             inside[node] = inside[node.args[0]]
     return found
+
+
+def owners(candidates: Sequence[Candidate], flows: Iterable[Flow]) -> dict[fx.Node, tuple[int, int]]:
+    """Call -> the region that it belongs to, as the numbers of the candidate and of its region.
+
+    What stays inside a group without a split axis belongs to what it reads.
+    """
+    owner = {
+        node: (tie, index)
+        for tie, candidate in enumerate(candidates)
+        for index, region in enumerate(candidate.regions)
+        for node in region.calls
+    }
+    for found in flows:
+        for node in found.degree:
+            sources = [s for n in node.all_input_nodes for s in (n, *n.all_input_nodes)]
+            known = [owner[n] for n in sources if n in owner]
+            if known:
+                owner.setdefault(node, known[0])
+    return owner
 
 
 def _call(node: fx.Node, call: Call, axes: Axes, assignment: Assignment, found: Flow) -> None:

@@ -14,7 +14,7 @@ from torch import fx, nn
 from autoshard.analysis import Analysis
 from autoshard.capture import Captured, capture
 from autoshard.passes.assign_axes import assign_axes
-from autoshard.passes.assign_degrees import Request, assign_degrees
+from autoshard.passes.assign_degrees import Request
 from autoshard.passes.check import check
 from autoshard.passes.match import match
 from autoshard.passes.normalize import normalize
@@ -89,10 +89,7 @@ def rewrite(
     analysis = program.analysis
     with Stages(program.seconds, ("plan", "shard", "check")) as stages:
         with stages.stage("plan"):
-            if costs is None:
-                plan, assignment = assign_degrees(analysis, tp, request)
-            else:
-                plan, assignment = planned(analysis, tp, request, costs, uniform)
+            plan, assignment = planned(analysis, tp, request, costs, uniform)
         with stages.stage("shard"):
             sharded = shard(analysis.graph, analysis.axes, assignment, keep_split)
         with stages.stage("check"):

@@ -109,11 +109,8 @@ def _longest(model: nn.Module) -> int:
 class Costs:
     """The cost model of an analysed graph, made when it is first asked."""
 
-    def __init__(
-        self, analysis: Analysis, tp: int, setting: Setting, target: Target | None = None
-    ) -> None:
-        self.analysis, self.tp, self.setting = analysis, tp, setting
-        self.target = target or Target()
+    def __init__(self, analysis: Analysis, tp: int, setting: Setting, target: Target) -> None:
+        self.analysis, self.tp, self.setting, self.target = analysis, tp, setting, target
 
     @cached_property
     def model(self) -> CostModel:
@@ -143,10 +140,6 @@ class Costs:
     def formula(self, name: str) -> Any:
         """Seconds of a region as a sympy expression."""
         return self.model.formula(self.unit(name))
-
-    def seconds(self, name: str, degree: int) -> float:
-        """The formula's number."""
-        return self.model.evaluate(self.formula(name), degree)
 
     def alternative(self, name: str, degree: int) -> Predicted:
         """One region at a degree, with the all-reduces that it shares with others."""
@@ -180,12 +173,7 @@ class Costs:
         fixes = [f"more ranks than tp={self.tp}"]
         if not self.setting.checkpoint:
             again = CostModel(self.model.workload, replace(self.setting, checkpoint="layer"), self.tp)
-            smaller = min(
-                again.predict(
-                    {u.name: d for u, d in zip(again.workload.units, self._of(miss), strict=True)}
-                ).memory_per_rank,
-                need,
-            )
+            smaller = min(need, again.predict(again.by_name(miss.degrees)).memory_per_rank)
             fixes.append(f"checkpoint='layer' ({smaller / 2**30:.2f} GiB)")
         if self.setting.batch > 1:
             fixes.append(f"a batch smaller than {self.setting.batch}")
@@ -195,13 +183,9 @@ class Costs:
             f"help: {', '.join(fixes)}"
         )
 
-    def _of(self, miss: NoFit) -> list[int]:
-        ties = sorted({u.tie for u in self.model.workload.units})
-        return [miss.degrees[ties.index(u.tie)] for u in self.model.workload.units]
-
     def _reason(self, unit: Unit, degree: int) -> str:
         """What the tie's collectives cost, and what its split saves elsewhere."""
-        tied = [u for u in self.model.workload.units if u.tie == unit.tie]
+        tied = self.model.ties[unit.tie]
         hubs = [h for h in self.model.hubs if unit.tie in h.users]
         times = {d: sum(self.model.of(u, d).step_time for u in tied) for d in unit.work}
         spent = {
@@ -229,11 +213,12 @@ def _time(seconds: float) -> str:
 
 
 def planned(
-    analysis: Analysis, tp: int, request: Request, costs: Costs, uniform: bool = False
+    analysis: Analysis, tp: int, request: Request, costs: Costs | None, uniform: bool = False
 ) -> tuple[Plan, Assignment]:
-    """The plan for a request; ``"auto"``: what the cost model chooses."""
+    """The plan for a request; ``"auto"``: what the cost model chooses, which must be given then."""
     reasons: dict[str, str] = {}
     if request == "auto":
+        assert costs is not None
         request, reasons = costs.choose(uniform)
     plan, assignment = assign_degrees(analysis, tp, request)
 

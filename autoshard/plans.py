@@ -6,26 +6,9 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 from autoshard.errors import PlanError
-
-if TYPE_CHECKING:
-    class Costs(Protocol):
-        """What a plan knows of time and memory."""
-
-        def predict(self, degrees: Mapping[str, int]) -> Predicted:
-            """One step on one rank."""
-
-        def formula(self, name: str) -> Any:
-            """Seconds of a region, as a sympy expression."""
-
-        def alternative(self, name: str, degree: int) -> Predicted:
-            """One region at a degree."""
-
-        def graph_text(self, nodes: Sequence[str]) -> str:
-            """Some nodes of the captured graph as lines."""
-
 
 FORMAT = 1
 
@@ -54,6 +37,22 @@ class Predicted:
     def __add__(self, other: Predicted) -> Predicted:
         mine, theirs = vars(self), vars(other)
         return Predicted(**{name: value + theirs[name] for name, value in mine.items()})
+
+
+class Costs(Protocol):
+    """What a plan knows of time and memory."""
+
+    def predict(self, degrees: Mapping[str, int]) -> Predicted:
+        """One step on one rank."""
+
+    def formula(self, name: str) -> Any:
+        """Seconds of a region, as a sympy expression."""
+
+    def alternative(self, name: str, degree: int) -> Predicted:
+        """One region at a degree."""
+
+    def graph_text(self, nodes: Sequence[str]) -> str:
+        """Some nodes of the captured graph as lines."""
 
 
 @dataclass(frozen=True)

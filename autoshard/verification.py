@@ -23,6 +23,7 @@ from autoshard.inputs import normalized_inputs
 from autoshard.pipeline import Program, analyse, rewrite
 from autoshard.plans import Plan
 from autoshard.rank import local_share, placeholder_values, rank_module, whole_tensor
+from autoshard.rules.call import op_name
 from autoshard.sharded import Sharded
 from autoshard.simulate import RankContext, run_ranks
 
@@ -265,8 +266,7 @@ def _source_input(node: fx.Node, places: Mapping[str, int]) -> int | None:
     """The input that a node is a view or a copy of."""
     while node.name not in places:
         passing = ("view", "reshape", "slice", "clone", "contiguous", "to", "pad", "flatten")
-        name = str(node.target).split(".")[1] if "." in str(node.target) else ""
-        if name not in passing or not node.all_input_nodes:
+        if op_name(node) not in passing or not node.all_input_nodes:
             return None
         node = node.all_input_nodes[0]
     return places[node.name]

@@ -52,7 +52,7 @@ def seconds(item: Item) -> Expr:
             flops = 2 * k * waves * PROCESSORS * TILE_M * TILE_N
             moved = BYTES.get(dtype, 4) * batch * (m * k + k * n + m * n)
             return sympy.Max(flops / _rate(dtype) * fill, moved / BANDWIDTH) + KERNEL
-        case Attention(flops, kernel, backward, _):
+        case Attention(flops, kernel, backward):
             work = flops * sympy.Rational(5, 2) if backward else flops
             return work / sympy.Symbol(f"attention_{kernel}_{PHASES[backward]}", positive=True) + KERNEL
         case Traffic(size, operator, backward):

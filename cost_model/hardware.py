@@ -64,7 +64,6 @@ class Hardware:
         host: node kind -> (forward, backward) seconds of Python and launch; 0 where not given (one
             process has no collectives, and no parameters that are DTensors).
         links: levels of the network, from the inside out.
-        overlap: share of the collectives' time that the runtime hides: 0, it hides none.
         source: where the numbers come from; date, versions and fit_error of a measured profile.
     """
 
@@ -224,6 +223,6 @@ def at_hand() -> Hardware:
     if torch.cuda.is_available():
         name = torch.cuda.get_device_name().lower()
         for preset in presets():
-            if preset in name.replace("-", " ").split() or preset in name:
+            if preset in name:
                 return load(preset)
     return load("h100")

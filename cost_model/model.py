@@ -6,7 +6,7 @@ One step is a forward and a backward pass on one rank. Formulas are sympy expres
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Any, TypeAlias
@@ -59,15 +59,23 @@ class CostModel:
     def __init__(self, workload: Workload, setting: Setting, tp: int) -> None:
         self.workload, self.setting, self.tp = workload, setting, tp
         self._known: dict[tuple[int, int], Predicted] = {}  # equal regions share one Work
+        self._constants: dict[int, dict[str, float]] = {}  # by degree
+
+    @cached_property
+    def ties(self) -> list[list[Unit]]:
+        """The regions of each tie, by its number."""
+        found: dict[int, list[Unit]] = {}
+        for unit in self.workload.units:
+            found.setdefault(unit.tie, []).append(unit)
+        return [found[tie] for tie in range(len(found))]
 
     def predict(self, degrees: Mapping[str, int]) -> Predicted:
         """One step, every region at its degree."""
         total = self.rest
         for unit in self.workload.units:
             total = total + self.of(unit, degrees[unit.name])
-        by_tie = {u.tie: degrees[u.name] for u in self.workload.units}
         for hub in self.hubs:
-            used = {by_tie[t] for t in hub.users}
+            used = {degrees[self.ties[tie][0].name] for tie in hub.users}
             seconds = sum(s for d, s in hub.seconds.items() if d in used)
             total = total + _only(seconds, exposed_communication_time=seconds)
         return total
@@ -121,10 +129,8 @@ class CostModel:
         Raises:
             NoFit: nothing fits; see ``search``.
         """
-        ties = sorted({u.tie for u in self.workload.units})
         options = []
-        for tie in ties:
-            members = [u for u in self.workload.units if u.tie == tie]
+        for members in self.ties:
             own = []
             for degree in members[0].work:
                 between = degree not in (1, self.tp)
@@ -135,10 +141,12 @@ class CostModel:
                 seconds = sum(p.step_time for p in parts) * (1 + 1e-9 * between)
                 own.append(Option(degree, seconds, sum(p.memory_per_rank for p in parts)))
             options.append(tuple(own))
-        place = {tie: i for i, tie in enumerate(ties)}
-        hubs = [Hub(frozenset(place[t] for t in h.users), h.seconds) for h in self.hubs]
-        degrees = search(options, hubs, self.setting.memory - self.rest.memory_per_rank)
-        return {u.name: degrees[place[u.tie]] for u in self.workload.units}
+        limit = self.setting.memory - self.rest.memory_per_rank
+        return self.by_name(search(options, self.hubs, limit))
+
+    def by_name(self, degrees: Sequence[int]) -> dict[str, int]:
+        """Degrees of ties as those of regions."""
+        return {u.name: degrees[u.tie] for u in self.workload.units}
 
     @cached_property
     def hubs(self) -> list[Hub]:
@@ -212,15 +220,10 @@ class CostModel:
     def _call(self, function: Any, degree: int) -> float:
         names, call = function
         values: dict[str, float] = {"B": self.setting.batch, "S": self.setting.sequence, "d": degree}
-        values |= self._constants(degree)
+        if degree not in self._constants:
+            self._constants[degree] = formulas.constants(self.setting.hardware, degree)
+        values |= self._constants[degree]
         return float(call(*(0.0 if _is_free(name, values) else values[name] for name in names)))
-
-    def _constants(self, degree: int) -> dict[str, float]:
-        if not hasattr(self, "_by_degree"):
-            self._by_degree: dict[int, dict[str, float]] = {}
-        if degree not in self._by_degree:
-            self._by_degree[degree] = formulas.constants(self.setting.hardware, degree)
-        return self._by_degree[degree]
 
 
 def _is_free(name: str, values: Mapping[str, float]) -> bool:

@@ -8,6 +8,7 @@ gradients likewise; some kernels are known by name, because they are far from a 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, TypeAlias
@@ -37,6 +38,7 @@ VIEWS = frozenset(
         "view_as_real", "view_as_complex",
     )
 )  # fmt: skip
+VIEWS_IF_DENSE = frozenset(("reshape", "contiguous"))  # a copy otherwise
 # Views whose gradient is gathered in a new tensor of the operand's size.
 GATHERED = frozenset(("slice", "select", "split", "split_with_sizes", "chunk", "unbind"))
 ADDITIONS = frozenset(("add", "sub", "subtract"))
@@ -118,6 +120,30 @@ class Operator:
         return numel(self.result) * self.itemsize
 
 
+def shows_operand(name: str, dense: bool) -> bool:
+    """Whether the result is a view of the first operand, which lies dense in memory or not."""
+    return name in VIEWS or (name in VIEWS_IF_DENSE and dense)
+
+
+def detail_of(name: str, arguments: Mapping[str, Any], dense: bool, strided: bool) -> str:
+    """``Operator.detail``.
+
+    Args:
+        arguments: of the call, by name.
+        dense: whether the first operand lies dense in memory.
+        strided: whether operands lie in memory differently, or with gaps.
+    """
+    if name == ATTENTION:
+        if arguments.get("attn_mask") is not None:
+            return "masked"
+        return "causal" if arguments.get("is_causal") else "full"
+    if name == "dropout":
+        return "" if arguments.get("p") and arguments.get("train", True) else "off"
+    if name in VIEWS_IF_DENSE or name in VIEWS:
+        return "view" if shows_operand(name, dense) else ""
+    return "strided" if strided else ""
+
+
 def keeps(name: str, product: bool, flowing: dict[str, bool]) -> tuple[str, ...]:
     """Which tensors an operator needs again in the backward.
 
@@ -153,7 +179,8 @@ def work_of(op: Operator, reduced: str = "") -> Work:
     if op.name == "cross_entropy_loss":
         gradients = op.operands[0].bytes
     if reduced == LOSS:
-        tokens = numel(op.operands[0].dims[:1])
+        logits = op.operands[0].dims  # [N, classes, ...] or [classes]
+        tokens = numel(logits[:1] + logits[2:]) if len(logits) > 1 else sympy.Integer(1)
         forward += [Collective("all_reduce", 4 * tokens, D), Collective("all_reduce", 12 * tokens, D)]
         hosts[0]["collective"] += 2
         for counter, way in zip(hosts, ("forward", "backward"), strict=True):
@@ -233,7 +260,7 @@ def _attention(op: Operator) -> tuple[list[Item], list[Item]]:
     dims = {o.name: o.dims for o in op.operands}
     width = numel(dims["query"][-1:]) + numel(dims["value"][-1:])
     flops = 2 * numel(op.result[:-1]) * numel(dims["key"][-2:-1]) * width
-    forward, backward = (Attention(flops, op.detail, back, op.dtype) for back in (False, True))
+    forward, backward = (Attention(flops, op.detail, back) for back in (False, True))
     return [forward], [backward] if op.flows else []
 
 

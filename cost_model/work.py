@@ -47,7 +47,6 @@ class Attention:
     flops: Size
     kernel: str
     backward: bool
-    dtype: str
 
 
 @dataclass(frozen=True)
@@ -84,11 +83,6 @@ class Phase:
     items: tuple[Item, ...] = ()
     host: tuple[tuple[str, int], ...] = ()
 
-    @property
-    def communicates(self) -> bool:
-        """Whether any of it is a collective."""
-        return any(isinstance(i, Collective) for i in self.items)
-
 
 @dataclass(frozen=True)
 class Work:
@@ -115,8 +109,8 @@ class Unit:
     """A region's work at each degree that it can take.
 
     Attributes:
-        name: the region's name, or ``""`` for what belongs to no region.
-        tie: regions with the same number have one degree.
+        name: the region's name.
+        tie: regions with the same number (from 0 on) have one degree.
         work: degree -> work; sizes hold ``B`` and ``S``, and ``d`` for the degree.
         entering: values that enter by a ``copy`` which other regions of the same degree share:
             (value's name, degree) -> the all-reduce of its gradient. Not part of ``work``.

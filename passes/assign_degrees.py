@@ -15,11 +15,10 @@ from dataclasses import replace
 from torch import fx
 
 from autoshard.analysis import Analysis, Candidate, Found, weights_of
-from autoshard.assignment import Assignment, stored_dim
+from autoshard.assignment import Assignment, stored_dim, stored_numel
 from autoshard.axes import Axis, atoms_of
 from autoshard.errors import PlanError
-from autoshard.flow import LOSS, Flow, flow
-from autoshard.layouts import share_size
+from autoshard.flow import LOSS, Flow, flow, owners
 from autoshard.plans import ParameterShare, Plan, Region, Whole
 from autoshard.rules.call import module_path
 
@@ -106,13 +105,10 @@ def _regions(
 
 def _collectives(analysis: Analysis, found: Flow) -> dict[str, list[str]]:
     """One line per collective, under the region whose call needs it first."""
-    regions = [r for c in analysis.candidates for r in c.regions]
-    owner = {node: region.name for region in regions for node in region.calls}
-    for node in found.degree:  # what stays inside without a split axis belongs to what it reads
-        if node not in owner:
-            sources = [s for n in node.all_input_nodes for s in (n, *n.all_input_nodes)]
-            owner[node] = next(owner[n] for n in sources if n in owner)
-    lines: dict[str, list[str]] = {r.name: [] for r in regions}
+    names = [[r.name for r in c.regions] for c in analysis.candidates]
+    places = owners(analysis.candidates, [found])
+    owner = {node: names[tie][index] for node, (tie, index) in places.items()}
+    lines: dict[str, list[str]] = {name: [] for own in names for name in own}
     for (value, _), calls in found.copied.items():
         lines[owner[calls[0]]].append(f"backward all-reduce of the gradient of {value.name}")
     for call, why in found.reduced.items():
@@ -197,7 +193,7 @@ def _parameters(analysis: Analysis, assignment: Assignment) -> tuple[ParameterSh
         layout = assignment.layout(dims[dim])
         cuts = assignment.cuts_in(dims).values()
         degree = max(c.degree for c in cuts)
-        local = numel // shape[dim] * share_size(layout, 0)
+        local = stored_numel(dims, shape, assignment)
         padded = max(
             c.padded * c.parts if c.padded * c.parts != atom.size else 0
             for atom, c in assignment.cuts_in(dims).items()

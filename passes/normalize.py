@@ -28,6 +28,7 @@ from torch import Tensor, fx
 
 from autoshard.errors import CaptureError
 from autoshard.rules import where
+from autoshard.rules.call import op_name
 
 DROPPED = {
     "_assert_tensor_metadata",
@@ -54,7 +55,7 @@ def normalize(
     for node in list(graph.nodes):
         if node.op != "call_function":
             continue
-        name = _name(node)
+        name = op_name(node)
         if name in DROPPED:
             graph.erase_node(node)
         elif name in IDENTITIES or (name == "dropout" and not (node.args[2] and node.args[1])):
@@ -85,12 +86,6 @@ def weight_dependent(graph: fx.Graph, parameters: Collection[str]) -> set[fx.Nod
         elif any(n in found for n in node.all_input_nodes):
             found.add(node)
     return found
-
-
-def _name(node: fx.Node) -> str:
-    if isinstance(node.target, torch._ops.OpOverload):
-        return str(node.target._schema.name.partition("::")[2])
-    return ""
 
 
 def _mutates(node: fx.Node) -> bool:
@@ -148,7 +143,7 @@ def _copy_into(graph: fx.Graph, inner: fx.Graph, operands: list[Any]) -> list[An
 
 def _itself(value: Any) -> Any:
     """The tensor that a value is: ``to`` its own dtype and ``contiguous`` give the very operand."""
-    while isinstance(value, fx.Node) and _name(value) in ("to", "type_as", "contiguous"):
+    while isinstance(value, fx.Node) and op_name(value) in ("to", "type_as", "contiguous"):
         source = value.args[0]
         assert isinstance(source, fx.Node)
         before, after = source.meta.get("val"), value.meta.get("val")
@@ -186,12 +181,12 @@ def _writes_as_cat(node: fx.Node) -> None:
     parts: list[tuple[int, int, fx.Node, fx.Node]] = []  # start, end, view, write
     dims: set[int] = set()
     for view in node.users:
-        if _name(view) != "slice" or len(view.users) != 1 or len(view.args) > 4:
+        if op_name(view) != "slice" or len(view.users) != 1 or len(view.args) > 4:
             break  # it is read from here on
         write = next(iter(view.users))
         given: list[Any] = list(view.args[1:])
         dim, start, end = given + [0, 0, sys.maxsize][len(given) :]
-        if _name(write) != "copy_" or write.args[0] is not view or write.users:
+        if op_name(write) != "copy_" or write.args[0] is not view or write.users:
             break
         start = start or 0
         if not (isinstance(dim, int) and isinstance(start, int) and isinstance(end, int)):
@@ -260,7 +255,7 @@ def _out_of_place(node: fx.Node) -> None:
     """``y = f_(x)`` becomes ``y = f(x)`` and later uses of x read y, where x is no view."""
     target = node.target
     assert isinstance(target, torch._ops.OpOverload)
-    name = _name(node)[:-1]
+    name = op_name(node)[:-1]
     packet = getattr(getattr(torch.ops, target.namespace), name, None)
     overload = getattr(packet, target._overloadname, None) if packet is not None else None
     operand = node.args[0]

@@ -7,7 +7,6 @@ equal layers give equal work and are worked out once.
 
 from __future__ import annotations
 
-import math
 import operator
 from collections import Counter, defaultdict
 from collections.abc import Collection
@@ -19,17 +18,18 @@ import torch
 from torch import fx
 
 from autoshard.analysis import Analysis, Candidate
-from autoshard.assignment import Assignment, stored_dim
+from autoshard.assignment import Assignment, stored_numel
 from autoshard.axes import Axis, atoms_of
 from autoshard.cost_model.operators import (
-    ATTENTION,
     VIEWS,
     Operand,
     Operator,
     Term,
+    detail_of,
     keeps,
     numel,
     phase,
+    shows_operand,
     work_of,
 )  # fmt: skip
 from autoshard.cost_model.work import (
@@ -45,11 +45,10 @@ from autoshard.cost_model.work import (
     Workload,
     total,
 )  # fmt: skip
-from autoshard.flow import flow
-from autoshard.layouts import share_size
+from autoshard.flow import flow, owners
 from autoshard.paths import layer_of
 from autoshard.rules import Call
-from autoshard.rules.call import module_path, size_of
+from autoshard.rules.call import module_path, op_name, size_of
 
 Place: TypeAlias = tuple[int, int]  # a candidate's number, a region's within it
 Owner: TypeAlias = Place | bool  # a region; or none: whether in a layer
@@ -99,18 +98,8 @@ class _Builder:
 
     @cached_property
     def owner(self) -> dict[fx.Node, Place]:
-        """The region of each call; what stays inside without a split axis belongs to what it reads."""
-        owner: dict[fx.Node, Place] = {}
-        for tie, candidate in enumerate(self.analysis.candidates):
-            for index, region in enumerate(candidate.regions):
-                owner.update(dict.fromkeys(region.calls, (tie, index)))
-        for found in self.flows.values():
-            for node in found.degree:
-                sources = [s for n in node.all_input_nodes for s in (n, *n.all_input_nodes)]
-                known = [owner[n] for n in sources if n in owner]
-                if node not in owner and known:
-                    owner[node] = known[0]
-        return owner
+        """The region of each call, at whatever degree it is inside one."""
+        return owners(self.analysis.candidates, self.flows.values())
 
     @cached_property
     def shared(self) -> dict[tuple[str, int], tuple[Collective, set[int]]]:
@@ -150,12 +139,8 @@ class _Builder:
         assignment = self.assignments[degree]
         count: Counter[int] = Counter()
         for node in self.parameters[owner]:
-            dims, value = self.axes.dims[node], node.meta["val"]
-            elements = math.prod(int(s) for s in value.shape)
-            dim = stored_dim(dims, assignment)
-            if dim is not None:
-                elements //= int(value.shape[dim])
-                elements *= share_size(assignment.layout(dims[dim]), 0)
+            value = node.meta["val"]
+            elements = stored_numel(self.axes.dims[node], value.shape, assignment)
             count[value.element_size()] += elements
         return tuple(sorted(count.items()))
 
@@ -168,7 +153,7 @@ class _Builder:
             return None
         if not isinstance(first, torch.Tensor):
             return None
-        name, dtype = _name(node), str(first.dtype).removeprefix("torch.")
+        name, dtype = op_name(node), str(first.dtype).removeprefix("torch.")
         call = self.axes.calls.get(node)
         if call is None:  # depends on no weight
             shape = tuple(self._size(size_of(s)) for s in first.shape)
@@ -182,7 +167,9 @@ class _Builder:
                     tensors[slot] in differentiable)
             for slot, dims in call.operands.items()
         )  # fmt: skip
-        detail = _detail(node, name, call)
+        read = list(tensors.values())
+        dense = bool(read) and _is_dense(read[0])
+        detail = detail_of(name, call.arguments, dense, bool(read) and _is_strided(read))
         return Operator(
             name, operands, self._dims(call.outputs[0] or ()), first.element_size(), dtype,
             self._dims(tuple(call.summed)), bool(call.flops), flows, detail,
@@ -219,9 +206,10 @@ class _Builder:
         """The node whose memory a view shows."""
         if node not in self.roots:
             inputs = node.all_input_nodes if node.op == "call_function" else []
-            is_view = node.target is operator.getitem or _name(node) in VIEWS
-            is_view = is_view or (_name(node) == "reshape" and bool(inputs) and _is_dense(inputs[0]))
-            self.roots[node] = self._root(inputs[0]) if is_view and inputs else node
+            is_view = bool(inputs) and (
+                node.target is operator.getitem or shows_operand(op_name(node), _is_dense(inputs[0]))
+            )
+            self.roots[node] = self._root(inputs[0]) if is_view else node
         return self.roots[node]
 
     # -- work ----------------------------------------------------------------------------------
@@ -306,25 +294,6 @@ def _plain(size: Any) -> Any:
                 return None
             size = size.replace(kind, own[kind.__name__])
     return size
-
-
-def _name(node: fx.Node) -> str:
-    """``softmax`` for ``aten.softmax.int``."""
-    parts = str(node.target).split(".")
-    return parts[1] if len(parts) > 1 else parts[0]
-
-
-def _detail(node: fx.Node, name: str, call: Call) -> str:
-    if name == ATTENTION:
-        causal = "causal" if call.arguments.get("is_causal") else "full"
-        return "masked" if call.given("attn_mask") else causal
-    if name == "dropout":
-        return "" if call.arguments.get("p") and call.arguments.get("train", True) else "off"
-    if name in ("reshape", "contiguous"):
-        return "view" if _is_dense(node.all_input_nodes[0]) else ""
-    if name in VIEWS:
-        return "view"
-    return "strided" if _is_strided([call.tensor(*slot) for slot in call.operands]) else ""
 
 
 def _is_strided(tensors: list[fx.Node]) -> bool:

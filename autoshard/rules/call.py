@@ -159,6 +159,13 @@ def where(node: fx.Node) -> str:
     return f"{node.target} at {layer or 'the model'}{line}"
 
 
+def op_name(node: fx.Node) -> str:
+    """``softmax`` for ``aten.softmax.int``; ``""`` for what is no operator."""
+    if isinstance(node.target, torch._ops.OpOverload):
+        return str(node.target._schema.name.partition("::")[2])
+    return ""
+
+
 def module_path(node: fx.Node) -> str:
     """The path of the module in whose ``forward`` the node was traced."""
     stack = node.meta.get("nn_module_stack")
