@@ -21,6 +21,8 @@ from autoshard.axes import Axis, Size
 from autoshard.rules import Call
 from autoshard.rules.call import Dims
 
+AUTOCAST = "autocast"  # node.meta: device type, dtype, enabled, cache_enabled
+
 
 @dataclass(eq=False)
 class Axes:

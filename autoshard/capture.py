@@ -51,6 +51,14 @@ class Captured:
     out_spec: pytree.TreeSpec
     holds: Callable[[list[Any]], None]
 
+    @property
+    def differentiable(self) -> set[str]:
+        """Placeholders that a gradient can flow to: parameters and floating inputs."""
+        names = {*self.parameters, *self.inputs}
+        found = (n for n in self.graph.nodes if n.op == "placeholder" and n.name in names)
+        values = ((n.name, n.meta.get("val")) for n in found)
+        return {n for n, v in values if isinstance(v, Tensor) and v.dtype.is_floating_point}
+
 
 def skeleton(model: nn.Module) -> nn.Module:
     """A copy of the model whose parameters and buffers have shapes, dtypes and no memory."""

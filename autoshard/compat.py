@@ -6,6 +6,8 @@
   calls it. Replacing ``apply`` itself would miss ``f = MyFunction.apply`` stored before.
 - ``DTensor._local_tensor``, ``DTensor._spec`` and the constructor (torch 2.11, 2.13): ``to_local``
   takes 150 us a parameter and step, forward and backward; ``shares`` takes 20.
+- ``UntypedStorage._cdata`` (torch 2.11, 2.13): which traced tensors share memory. Traced storages have
+  no address, and storages do not compare.
 """
 
 from __future__ import annotations
@@ -81,3 +83,8 @@ class _Shares(torch.autograd.Function):
                 ).copy_(grad)
             result.append(None if grad is None else DTensor(grad, spec, requires_grad=False))
         return tuple(result)
+
+
+def storage_key(tensor: Tensor) -> int:
+    """The same number for tensors over the same memory."""
+    return int(tensor.untyped_storage()._cdata)

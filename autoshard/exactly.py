@@ -94,7 +94,8 @@ def edit_exactly(dtype: torch.dtype) -> Callable[[fx.Graph], None]:
                     if isinstance(nested, fx.GraphModule):
                         edit(nested.graph)
                 continue
-            if dtype is torch.float64:
+            nested_call = isinstance(node.target, torch._ops.HigherOrderOperator)  # autocast's dtype
+            if dtype is torch.float64 and not nested_call:
                 node.args, node.kwargs = pytree.tree_map_only(
                     torch.dtype,
                     lambda d: EXACT.get(d, d),

@@ -28,6 +28,7 @@ from autoshard.groups import Group
 
 P = ParamSpec("P")
 T = TypeVar("T")
+Autocast = tuple[str, torch.dtype | None, bool, bool]  # device type, dtype, enabled, cache_enabled
 
 NONE, MEAN, SUM = 0, 1, 2  # at::Reduction
 PART_BYTES = 128 * 2**20  # of the temporary tensors of the cross entropy
@@ -91,6 +92,15 @@ def with_stream(group: Group, op: Callable[P, T], *args: P.args, **kwargs: P.kwa
     return group.stream.run(op, *args, **kwargs)
 
 
+def with_autocast(
+    modes: Autocast, group: Group | None, op: Callable[P, T], *args: P.args, **kwargs: P.kwargs
+) -> T:
+    """`op(*args, **kwargs)` under `torch.autocast(*modes)`; a random operator with its group."""
+    device, dtype, enabled, cache = modes
+    with torch.autocast(device, dtype, enabled, cache):
+        return op(*args, **kwargs) if group is None else group.stream.run(op, *args, **kwargs)
+
+
 def vocab_embedding(
     weight: Tensor, ids: Tensor, group: Group, vocab: int, rows: int, padding_idx: int = -1
 ) -> Tensor:
@@ -138,7 +148,8 @@ def vocab_cross_entropy(
     [coordinate * rows, coordinate * rows + rows) of `vocab`, and whatever its tensor has past
     `rows` or past the last true class is padding: not read, gradient 0. target: class indices,
     global, [N, d1, ...] or []. weight: whole, [vocab]. reduction: 0 none, 1 mean, 2 sum.
-    float16 and bfloat16 are computed in float32; results have the dtype of `logits`.
+    float16 and bfloat16 are computed in float32; results have the dtype of `logits`, float32 under
+    `torch.autocast`.
 
     Raises NotImplementedError for targets that are probabilities, IndexError for a target outside
     [0, vocab) that is not `ignore_index` (on CUDA a device assertion), ValueError for shapes that
@@ -176,7 +187,10 @@ def vocab_cross_entropy(
         losses = losses.sum() / token_weight.sum()
     elif reduction == SUM:
         losses = losses.sum()
-    return losses.to(logits.dtype)
+    # Under autocast cross entropy gives float32, as PyTorch's does.
+    low = logits.dtype in (torch.float16, torch.bfloat16)
+    cast = low and torch.is_autocast_enabled(logits.device.type)
+    return losses.to(torch.float32 if cast else logits.dtype)
 
 
 def _apply(function: type[torch.autograd.Function], *args: Any) -> Tensor:

@@ -1,6 +1,7 @@
 """The pipeline: what happens to a model, top to bottom.
 
-capture -> normalize -> assign_axes -> match -> assign_degrees -> shard -> check
+capture -> inline -> functionalize -> normalize -> assign_axes -> match
+-> (workload -> costs, for degree="auto") -> assign_degrees -> shard -> check
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from autoshard.capture import Captured, capture
 from autoshard.passes.assign_axes import assign_axes
 from autoshard.passes.assign_degrees import Request
 from autoshard.passes.check import check
+from autoshard.passes.functionalize import functionalize
+from autoshard.passes.inline import inline
 from autoshard.passes.match import match
 from autoshard.passes.normalize import normalize
 from autoshard.passes.shard import shard
@@ -62,7 +65,9 @@ def analyse(
         if edit is not None:
             edit(captured.graph)
         with stages.stage("normalize"):
-            graph = normalize(captured.graph, captured.parameters, captured.constants)
+            graph = inline(captured.graph, captured.differentiable)
+            graph = functionalize(graph, captured.parameters)
+            graph = normalize(graph, captured.parameters, captured.constants)
         with stages.stage("axes"):
             axes = assign_axes(graph, captured.parameters, captured.inputs)
         with stages.stage("match"):

@@ -32,7 +32,7 @@ import torch
 from torch import fx
 
 from autoshard import ops, shares
-from autoshard.analysis import Axes
+from autoshard.analysis import AUTOCAST, Axes
 from autoshard.assignment import Assignment, stored_dim
 from autoshard.axes import Axis, Size, atoms_of
 from autoshard.errors import PlanError
@@ -112,12 +112,24 @@ class _Sharder:
                 self._global_size(node)
             else:
                 self.env[node] = self._whole(node)
+        self._under_autocast()
         for node in reversed(list(self.new.nodes)):
             if node.op == "get_attr" and not node.users:
                 self.new.erase_node(node)
         self.new.lint()
         used = [d for d, n in self.groups.items() if n.users]
         return Sharded(self.new, self.stored, tuple(self.outputs), tuple(used))
+
+    def _under_autocast(self) -> None:
+        """What the model ran under ``torch.autocast`` runs so; our own operators need no cast."""
+        for node in self.new.nodes:
+            modes = node.meta.get(AUTOCAST)
+            if modes is None:
+                continue
+            if node.target is ops.with_stream:
+                node.args, node.target = (modes, *node.args), ops.with_autocast
+            elif isinstance(node.target, torch._ops.OpOverload):
+                node.args, node.target = (modes, None, node.target, *node.args), ops.with_autocast
 
     # -- nodes ---------------------------------------------------------------------------------
 
@@ -321,6 +333,8 @@ class _Sharder:
         args = (result, group, True) if call.flops else (result, group)
         result = self._create(node, "reduce", ops.reduce, args)
         if call.added_once:
+            if AUTOCAST in node.meta:  # the product is in lower precision than the bias
+                self._bias = self._create(node, "bias", aten.type_as.default, (self._bias, result))
             kwargs = {} if beta == 1 else {"alpha": beta}
             result = self._create(node, "add", aten.add.Tensor, (result, self._bias), kwargs)
         return result
@@ -337,8 +351,11 @@ class _Sharder:
             new = self._create(node, "", ops.vocab_embedding, args)
             self.env[node] = self._create(node, "reduce", ops.reduce, (new, group))
             return
+        logits = arguments["self"]
+        if AUTOCAST in node.meta:  # casts what PyTorch's loss would have cast
+            logits = self._create(node, "logits", aten.to.dtype, (logits, node.meta["val"].dtype))
         args = (
-            arguments["self"], arguments["target"], group, vocab.size, cut.rows,
+            logits, arguments["target"], group, vocab.size, cut.rows,
             arguments["weight"], arguments["reduction"], arguments["ignore_index"],
             arguments["label_smoothing"],
             *([0] if len(call.operands["self", None]) == 1 else []),
@@ -415,7 +432,7 @@ class _Sharder:
         if origin.op == "placeholder" and name.startswith("p_"):
             name = name[2:]
         new = self.new.create_node("call_function", target, args, kwargs or {}, name=name)
-        for key in ("nn_module_stack", "stack_trace"):
+        for key in ("nn_module_stack", "stack_trace", AUTOCAST):
             if key in origin.meta:
                 new.meta[key] = origin.meta[key]
         return new

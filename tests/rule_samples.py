@@ -202,6 +202,16 @@ def shaped(*shape: int, splits: int = 1, args: Sequence[Any] = (), **kwargs: Any
     return lambda draw: Sample((draw.real(*shape), *args), kwargs, splits)
 
 
+def written(size: int, start: int, end: int | None, step: int = 1, splits: int = 1) -> Build:
+    """``slice_scatter`` into the last dimension of ``[4, size]``."""
+
+    def build(draw: Draw) -> Sample:
+        length = len(range(size)[start:end:step])
+        return Sample((draw.real(4, size), draw.real(4, length), 1, start, end, step), {}, splits)
+
+    return build
+
+
 def many(*shapes: tuple[int, ...], splits: int = 1, args: Sequence[Any] = ()) -> Build:
     """``op([x, y, ...], *args)`` of tensors of given shapes."""
     return lambda draw: Sample(([draw.real(*shape) for shape in shapes], *args), {}, splits)
@@ -524,8 +534,21 @@ def convolution(
         o = i if groups == "all" else o
         x, w = draw.real(*lead, i, *[5] * dims), draw.real(o, i // count, *[3] * dims)
         b = draw.real(o) if bias else None
-        splits = batch + {"1": 2, "2": 0, "all": 1}[groups]
+        splits = batch + {"1": 2, "2": 1, "all": 1}[groups]
         return Sample((x, w, b), {**kwargs, "groups": count}, splits)
+
+    return build
+
+
+def patches(dims: int, groups: int = 1) -> Build:
+    """A convolution whose kernel tiles its input."""
+
+    def build(draw: Draw) -> Sample:
+        b, i, o = draw.size(), draw.size(), draw.size()
+        x, w = draw.real(b, groups * i, *[8] * dims), draw.real(groups * o, i, *[4] * dims)
+        bias, stride = draw.real(groups * o), [4] * dims
+        splits = 2 + dims * 2  # batch, channels, places, and kernels
+        return Sample((x, w, bias), {"stride": stride, "groups": groups}, splits)
 
     return build
 
@@ -598,11 +621,13 @@ SAMPLES: dict[str, tuple[Build, ...]] = {
     "aten._grouped_mm.default": (grouped_product(torch.float32),),
     "transformers.grouped_mm_fallback.default": (grouped_product(torch.float64),),
     "aten.conv1d.default": (
+        patches(1), patches(1, groups=4),
         convolution(1), convolution(1, bias=False), convolution(1, groups="all", padding=[2]),
         convolution(1, groups="all", bias=False), convolution(1, groups="2"),
         convolution(1, batch=False, padding=[1]),
     ),
     "aten.conv2d.default": (
+        patches(2), patches(2, groups=2),
         convolution(2, padding=[1, 1]), convolution(2, groups="all"),
         convolution(2, bias=False, stride=[2, 2]), convolution(2, groups="2", bias=False),
     ),
@@ -723,6 +748,14 @@ SAMPLES: dict[str, tuple[Build, ...]] = {
         shaped(4, 12, splits=1, args=(1, 3, 12, 2)), shaped(4, 12, splits=1, args=(1, 1, 4, 2)),
         shaped(4, 12, splits=1, args=(1, 0, 6, 2)), shaped(4, 12, splits=1, args=(1, 0, 11, 5)),
         shaped(4, 12, splits=1, args=(1, 5, 5)), shaped(4, 1, splits=1, args=(1, 0, 1)),
+    ),
+    "aten.slice_scatter.default": (
+        written(12, 4, 8), written(12, 0, 4), written(12, 8, None), written(6, 0, 6, splits=2),
+        written(12, 1, 9, 2), written(12, 5, 5), written(12, -4, None),
+    ),
+    "aten.select_scatter.default": (
+        lambda draw: Sample((draw.real(4, 6), draw.real(4), 1, 2)),
+        lambda draw: Sample((draw.real(4, 6, 2), draw.real(6, 2), -3, 0), splits=2),
     ),
     "aten.select.int": (unary(0, 1, splits=1), cube(1, -1), unary(-1, 0, splits=1)),
     "aten.unbind.int": (unary(splits=1), cube(1), cube(-1)),

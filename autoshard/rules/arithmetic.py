@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from autoshard import axes
 from autoshard.axes import Axis
-from autoshard.rules.call import Call
+from autoshard.rules.call import Call, Dims
 from autoshard.rules.local import Local
 from autoshard.rules.notation import apply_row, parse
 from autoshard.rules.views import frozen
@@ -149,37 +151,55 @@ def cross_entropy(call: Call) -> None:
 
 
 def convolution(call: Call) -> None:
-    """``b i+ l^, o i+ k^, o! -> b o l``; depthwise (a group per channel): ``b c l^, c 1 k^, c``."""
+    """``b [g·i]+ l^, [g·o] i+ k^, [g·o]! -> b [g·o] l`` with g groups.
+
+    A kernel that tiles its input (patches: stride k, no padding) is a product over ``[l·k]``, k summed.
+    """
     x, weight = call.operand("input"), call.operand("weight")
     rank = len(weight) - 2
-    spatial = (*x[len(x) - rank :], *weight[2:])
-    call.freeze(spatial, "convolved over this axis")
-    shape = call.shape()
+    shape, groups = call.shape(), call.arguments["groups"]
+    channels, spatial, kernels = x[len(x) - rank - 1], x[len(x) - rank :], weight[2:]
+    group, outer = Axis(groups), Axis(axes.ratio(weight[0].find().size, groups))
+    call.unify(channels, axes.product([group, weight[1]]))
+    call.unify(weight[0], axes.product([group, outer]))
     new = tuple(Axis(size) for size in shape[len(shape) - rank :])
-    call.freeze(new, "convolved over this axis")
-    channels, groups = x[len(x) - rank - 1], call.arguments["groups"]
-    if groups == 1:
-        call.unify(channels, weight[1])
-        call.summed = [channels]
-        if call.given("bias"):
-            call.added_once.append(("bias", None))
-    elif channels.find().size == weight[0].find().size == groups:
-        call.unify(channels, weight[0])
+    if _tiles(call, spatial, kernels):
+        for before, length, kernel in zip(spatial, new, kernels, strict=True):
+            call.unify(before, axes.product([length, kernel]))
+        call.summed = [weight[1], *kernels]
     else:
-        call.freeze((channels, *weight[:2]), "a grouped convolution")
+        call.freeze((*spatial, *kernels, *new), "convolved over this axis")
+        call.summed = [weight[1]]
     if call.given("bias"):
         call.unify(call.operand("bias")[0], weight[0])
+        call.added_once.append(("bias", None))
     result = (*x[: len(x) - rank - 1], weight[0], *new)
     call.outputs = [result]
     sizes = [a.find().size for a in (*result, *weight[1:])]
     call.flops = 2 * axes.product_of(sizes)
 
 
-def local_groups(call: Call, local: Local) -> dict[str, int]:
-    """A depthwise convolution has as many groups as the rank has channels."""
-    if call.arguments["groups"] == 1:
-        return {}
-    size = local.size(call.operand("weight")[0])
-    assert isinstance(size, int)
-    depthwise = call.arguments["groups"] == call.operand("weight")[0].find().size
-    return {"groups": size} if depthwise else {}
+def _tiles(call: Call, spatial: Dims, kernels: Dims) -> bool:
+    rank = len(kernels)
+    sizes = [(a.find().size, k.find().size) for a, k in zip(spatial, kernels, strict=True)]
+    stride, padding, dilation = (
+        [given] * rank if isinstance(given, int) else list(given) * (rank // len(given))
+        for given in (call.arguments[name] for name in ("stride", "padding", "dilation"))
+    )
+    return (
+        all(isinstance(n, int) and n % k == 0 for n, k in sizes)
+        and stride == [k for _, k in sizes]
+        and set(padding) == {0}
+        and set(dilation) == {1}
+    )
+
+
+def local_convolution(call: Call, local: Local) -> dict[str, Any]:
+    """The rank's groups; and its strides, where the kernel tiles the input."""
+    x, weight = call.operand("input"), call.operand("weight")
+    kernels = weight[2:]
+    groups = axes.ratio(local.size(x[len(x) - len(kernels) - 1]), local.size(weight[1]))
+    sizes = [local.size(k) for k in kernels]
+    if sizes == [k.find().size for k in kernels]:
+        return {"groups": groups}
+    return {"groups": groups, "stride": sizes}

@@ -96,12 +96,15 @@ def local_slice(call: Call, local: Local) -> dict[str, Any]:
     dims, result = call.operand("self"), call.outputs[0]
     assert result is not None
     dim = call.dim(call.arguments["dim"], len(dims))
-    axis = dims[dim]
+    return _local_bounds(call, local, dims[dim], result[dim])
+
+
+def _local_bounds(call: Call, local: Local, axis: Axis, part: Axis) -> dict[str, Any]:
     size = axis.find().size
     start, end, step = slice_bounds(call, size)
     if local.size(axis) == size:
         return {}
-    if axes.same_size(size, result[dim].find().size):
+    if axes.same_size(size, part.find().size):
         return {"start": 0, "end": sys.maxsize}
     if step != 1:
         return {"start": start, "end": sys.maxsize}
@@ -109,7 +112,7 @@ def local_slice(call: Call, local: Local) -> dict[str, Any]:
         return {"start": 0, "end": 0}
     before, _ = axes.cut(axis, start)
     first = sum(_int(local.size(p)) for p in before)
-    return {"start": first, "end": first + _int(local.size(result[dim]))}
+    return {"start": first, "end": first + _int(local.size(part))}
 
 
 def _int(size: axes.Size) -> int:
@@ -124,6 +127,41 @@ def select(call: Call) -> None:
     call.freeze((dims[dim],), "an index into the axis")
     del dims[dim]
     call.outputs = [tuple(dims)]
+
+
+def slice_scatter(call: Call) -> None:
+    """A slice is replaced: the source's dimension is that piece of the operand's."""
+    dims, source = call.operand("self"), call.operand("src")
+    dim = call.dim(call.arguments["dim"], len(dims))
+    for index, (a, b) in enumerate(zip(dims, source, strict=True)):
+        if index != dim:
+            call.unify(a, b)
+    axis, part = dims[dim], source[dim]
+    size = axis.find().size
+    start, end, step = slice_bounds(call, size)
+    if axes.same_size(size, part.find().size):
+        call.unify(axis, part)
+    elif all(isinstance(i, int) for i in (size, start, end)) and step == 1:
+        call.unify(_pieces(call, axis, [start, end])[0], part)
+    else:
+        call.freeze((axis, part), "a slice of symbolic size, or with a stride")
+    call.outputs = [dims]
+
+
+def local_slice_scatter(call: Call, local: Local) -> dict[str, Any]:
+    """The slice's bounds on the rank."""
+    dim = call.dim(call.arguments["dim"], len(call.operand("self")))
+    return _local_bounds(call, local, call.operand("self")[dim], call.operand("src")[dim])
+
+
+def select_scatter(call: Call) -> None:
+    """One index of a dimension is replaced: the dimension must be whole."""
+    dims, source = call.operand("self"), call.operand("src")
+    dim = call.dim(call.arguments["dim"], len(dims))
+    call.freeze((dims[dim],), "an index into the axis")
+    for a, b in zip((*dims[:dim], *dims[dim + 1 :]), source, strict=True):
+        call.unify(a, b)
+    call.outputs = [dims]
 
 
 def unbind(call: Call) -> None:

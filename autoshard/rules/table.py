@@ -48,7 +48,7 @@ SAME = computed(arithmetic.like_first)
 ALONG = computed(structure.along())
 RESHAPE = computed(views.reshape, views.local_sizes("size"))
 SUM = computed(arithmetic.reduction)
-CONVOLUTION = computed(arithmetic.convolution, arithmetic.local_groups)
+CONVOLUTION = computed(arithmetic.convolution, arithmetic.local_convolution)
 SPLIT = computed(structure.split, structure.local_split("split_sizes"))
 
 RULES: dict[str, Rule] = {
@@ -136,6 +136,8 @@ RULES: dict[str, Rule] = {
     # structure
     "aten.slice.Tensor": computed(structure.slice_, structure.local_slice),
     "aten.select.int": computed(structure.select),
+    "aten.slice_scatter.default": computed(structure.slice_scatter, structure.local_slice_scatter),
+    "aten.select_scatter.default": computed(structure.select_scatter),
     "aten.unbind.int": computed(structure.unbind),
     "aten.split.Tensor": SPLIT,
     "aten.split.sizes": computed(structure.split, structure.local_split("split_size")),

@@ -1,0 +1,43 @@
+"""Which values of a captured graph share memory, and which operators write.
+
+The traced (fake) tensors keep their storages: two values share memory exactly when their traces did.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from autoshard.compat import storage_key
+from autoshard.rules.call import op_name
+
+SELF = ("to", "type_as", "contiguous", "dropout")  # give the very operand where nothing is to be done
+
+
+def storage(value: Any) -> int | None:
+    """What is equal for values that share memory; None for what is no tensor."""
+    traced = value.meta.get("val") if isinstance(value, fx.Node) else None
+    return storage_key(traced) if isinstance(traced, Tensor) else None
+
+
+def written(node: fx.Node) -> fx.Node | None:
+    """The operand that an operator writes into."""
+    if not isinstance(node.target, torch._ops.OpOverload) or not node.target._schema.is_mutable:
+        return None
+    for index, argument in enumerate(node.target._schema.arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            value = node.args[index] if index < len(node.args) else node.kwargs.get(argument.name)
+            return value if isinstance(value, fx.Node) else None
+    return None
+
+
+def very_operand(value: Any) -> Any:
+    """The tensor that a value is: ``to`` its own dtype and ``contiguous`` give the very operand."""
+    while isinstance(value, fx.Node) and op_name(value) in SELF:
+        source = value.args[0]
+        if storage(source) is None or storage(source) != storage(value):
+            break
+        value = source
+    return value
