@@ -21,6 +21,8 @@ from autoshard.axes import Axis, Size
 from autoshard.rules import Call
 from autoshard.rules.call import Dims
 
+# What every symbolic size counts as when candidates are ranked: traced sizes are tiny.
+NOMINAL = 1024
 AUTOCAST = "autocast"  # node.meta: device type, dtype, enabled, cache_enabled
 
 

@@ -223,13 +223,25 @@ def unify_products(left: Sequence[Axis], right: Sequence[Axis]) -> None:
 
 
 def _from_the_right(left: list[Axis], right: list[Axis]) -> tuple[list[Axis], list[Axis]]:
-    """Unify equal last factors; what is left of both.
+    """Unify last factors, the larger refined; what is left of both.
 
-    Two products of one size have their last factors in common where those are equal, whatever stands
-    before: ``[S', heads, 64]`` and ``[S'//8, 8, heads, 64]``.
+    Two products of one size have their last factors in common, whatever stands before:
+    ``[S', 768]`` and ``[S'//8, 8, 12, 64]`` have ``[12, 64]``.
     """
-    while left and right and same_size(left[-1].find().size, right[-1].find().size):
-        unify(left.pop(), right.pop())
+    while left and right:
+        x, y = left.pop().find(), right.pop().find()
+        if same_size(x.size, y.size):
+            unify(x, y)
+        elif (outer := ratio(x.size, y.size)) is not None:
+            first, rest = divide_product(x, outer)
+            unify(rest, y)
+            left.append(first)
+        elif (outer := ratio(y.size, x.size)) is not None:
+            first, rest = divide_product(y, outer)
+            unify(rest, x)
+            right.append(first)
+        else:
+            return [*left, x], [*right, y]
     return left, right
 
 

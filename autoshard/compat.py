@@ -85,6 +85,9 @@ class _Shares(torch.autograd.Function):
         return tuple(result)
 
 
-def storage_key(tensor: Tensor) -> int:
-    """The same number for tensors over the same memory."""
-    return int(tensor.untyped_storage()._cdata)
+def storage_key(tensor: Tensor) -> int | None:
+    """The same number for tensors over the same memory; None for one inside ``vmap``."""
+    try:
+        return int(tensor.untyped_storage()._cdata)
+    except NotImplementedError:
+        return None

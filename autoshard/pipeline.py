@@ -17,9 +17,11 @@ from autoshard.capture import Captured, capture
 from autoshard.passes.assign_axes import assign_axes
 from autoshard.passes.assign_degrees import Request
 from autoshard.passes.check import check
+from autoshard.passes.decompose_norms import decompose_norms, fuse_unsplit
 from autoshard.passes.functionalize import functionalize
 from autoshard.passes.inline import inline
 from autoshard.passes.match import match
+from autoshard.passes.match_alone import match_alone
 from autoshard.passes.normalize import normalize
 from autoshard.passes.shard import shard
 from autoshard.planning import Costs, planned
@@ -70,8 +72,15 @@ def analyse(
             graph = normalize(graph, captured.parameters, captured.constants)
         with stages.stage("axes"):
             axes = assign_axes(graph, captured.parameters, captured.inputs)
+            norms = decompose_norms(graph, axes) if tp > 1 else []
+            if norms:
+                axes = assign_axes(graph, captured.parameters, captured.inputs)
         with stages.stage("match"):
             candidates = match(graph, axes, tp)
+            if fuse_unsplit(graph, norms, axes, candidates, tp):
+                axes = assign_axes(graph, captured.parameters, captured.inputs)
+                candidates = match(graph, axes, tp)
+            candidates = match_alone(graph, axes, tp, candidates)
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
     analysis = Analysis(graph, axes, candidates, captured.parameters, shapes)
     return Program(captured, analysis, seconds)

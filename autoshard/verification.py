@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -46,6 +46,7 @@ class Report:
         gradients: parameter -> relative error of its gradient.
         tolerance: what ``ok`` was judged by.
         plan: the plan that was verified.
+        seconds: of each stage of the capture, the analysis and the rewriting.
     """
 
     ok: bool
@@ -54,6 +55,7 @@ class Report:
     gradients: dict[str, float]
     tolerance: float
     plan: Plan
+    seconds: dict[str, float] = field(default_factory=dict)
 
     @property
     def worst(self) -> str:
@@ -151,7 +153,9 @@ def compare(
     }
     worst = max([0.0, *output_errors.values(), *gradient_errors.values()], key=_rank)
     tolerance = TOLERANCE[dtype]
-    return Report(worst < tolerance, worst, output_errors, gradient_errors, tolerance, plan)
+    return Report(
+        worst < tolerance, worst, output_errors, gradient_errors, tolerance, plan, program.seconds
+    )
 
 
 def simulated(

@@ -24,6 +24,7 @@ from torch import fx
 
 from autoshard.analysis import Axes
 from autoshard.axes import Axis, Size, freeze, product_of
+from autoshard.errors import CaptureError
 from autoshard.rules import Call, bind, rule_for, where
 from autoshard.rules.call import Dims, is_tensor, size_of
 from autoshard.rules.call import shape_of as plain_shape
@@ -82,7 +83,7 @@ def assign_axes(graph: fx.Graph, parameters: Collection[str], inputs: Collection
         if not _gives_tensors(value):
             continue
         if not isinstance(node.target, torch._ops.OpOverload):
-            raise TypeError(f"{node.target} is no ATen operator ({where(node)})")
+            raise CaptureError(f"{where(node)} is no ATen operator, and reads what depends on weights")
         call = Call(node, bind(node), dims_of, shape_of)
         rule = rule_for(node.target)
         if rule is None:

@@ -33,7 +33,7 @@ from torch import fx
 from autoshard.errors import CaptureError
 from autoshard.memory import SELF, storage, written
 from autoshard.rules import bind, where
-from autoshard.rules.call import op_name
+from autoshard.rules.call import op_name, traced_call
 
 aten = torch.ops.aten
 
@@ -148,12 +148,7 @@ class _Functionalizer:
     def _create(
         self, target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], like: fx.Node
     ) -> fx.Node:
-        """A node with its traced value, at the place of another in the model."""
-        node = self.graph.call_function(target, args, dict(kwargs))
-        traced_args, traced = fx.map_arg((args, dict(kwargs)), lambda n: n.meta["val"])
-        meta = {k: v for k, v in like.meta.items() if k not in ("val", "tensor_meta")}
-        node.meta = meta | {"val": target(*traced_args, **traced)}
-        return node
+        return traced_call(self.graph, target, args, dict(kwargs), like)
 
     def _write(self, node: fx.Node, member: fx.Node) -> None:
         """``f_(m, ..)``: ``y = f(m, ..)``, then back through the views up to the first."""

@@ -29,6 +29,7 @@ from autoshard.analysis import AUTOCAST
 from autoshard.errors import CaptureError
 from autoshard.memory import storage, very_operand, written
 from autoshard.rules import where
+from autoshard.rules.call import traced_call
 
 
 def inline(graph: fx.Graph, sources: Collection[str]) -> fx.Graph:
@@ -71,7 +72,11 @@ def _inline_one(graph: fx.Graph, node: fx.Node, flowing: set[fx.Node]) -> None:
     entering: list[Any] = list(operands)
     if frozen:
         with graph.inserting_before(node):
-            entering = [_detached(graph, o) if _flows(o, flowing) else o for o in operands]
+            entering = [
+                traced_call(graph, torch.ops.aten.detach.default, (o,), {}, node)
+                if _flows(o, flowing) else o
+                for o in operands
+            ]  # fmt: skip
     placeholders = [n for n in inner.nodes if n.op == "placeholder"]
     _inline(inner, {p for p, o in zip(placeholders, entering, strict=True) if o in flowing})
     if frozen:
@@ -128,9 +133,3 @@ def _refuse_writes(inner: fx.Graph, memory: set[int | None]) -> None:
                 f"{where(node)} writes under no_grad into a value that has a gradient; compute a new "
                 "value instead"
             )
-
-
-def _detached(graph: fx.Graph, value: Any) -> fx.Node:
-    node = graph.call_function(torch.ops.aten.detach.default, (value,))
-    node.meta = dict(value.meta)
-    return node

@@ -20,13 +20,10 @@ from typing import Any
 import networkx as nx
 from torch import fx
 
-from autoshard.analysis import Axes, Candidate, Found, Hints, Split, weights_of
+from autoshard.analysis import NOMINAL, Axes, Candidate, Found, Hints, Split, weights_of
 from autoshard.axes import Axis, atoms_of, factors_of, freeze, parts_of
 from autoshard.rules import Call
 from autoshard.rules.call import Dims, module_path
-
-# What every symbolic size counts as when candidates are ranked: traced sizes are tiny.
-NOMINAL = 1024
 
 # An axis that only passes (a vocabulary) is padded where it does not divide, from so many rows a rank.
 PADDED_FROM = 8
@@ -47,7 +44,7 @@ def match(graph: fx.Graph, axes: Axes, tp: int) -> tuple[Candidate, ...]:
     chosen: list[Candidate] = []
     taken: set[Axis] = set()
     excluded: set[Axis] = set()
-    for atom in uses.by_cost():
+    for atom in uses.by_cost(tp):
         if atom in taken or atom in excluded:
             continue
         split = _with_companions(atom, uses, tp, excluded | taken)
@@ -202,10 +199,15 @@ class _Uses:
             for factor in factors:
                 self._relate(factor)
 
-    def by_cost(self) -> list[Axis]:
-        """Axes with matmuls by communication per FLOP, then lookup tables worth splitting."""
+    def by_cost(self, tp: int) -> list[Axis]:
+        """Axes with matmuls by communication per FLOP, then lookup tables worth splitting.
+
+        An axis that cannot be cut at all excludes none that can.
+        """
         computing = [a for a in self.usable if self.flops[a]]
-        computing.sort(key=lambda a: (self.comm[a] / self.flops[a], -self.flops[a]))
+        computing.sort(
+            key=lambda a: (not self.can_be_cut(a, tp), self.comm[a] / self.flops[a], -self.flops[a])
+        )
         tables = [a for a in self.usable if a in self.lookups and not self.flops[a]]
         largest = max((a.size for a in self.lookups if isinstance(a.size, int)), default=0)
         # A table of positions or token types is small beside the vocabulary: not worth an all-reduce.
@@ -214,6 +216,14 @@ class _Uses:
             if isinstance(a.size, int) and 2 * a.size >= largest and not self._constant(a)
         ]  # fmt: skip
         return computing + sorted(tables, key=lambda a: -int(a.size))
+
+    def is_paddable(self, atom: Axis, tp: int) -> bool:
+        """Whether shares of the axis may be padded to one size."""
+        return atom not in self.unpaddable and atom.size >= PADDED_FROM * tp
+
+    def can_be_cut(self, atom: Axis, tp: int) -> bool:
+        """Whether the axis takes any degree beside 1."""
+        return math.gcd(atom.size, tp) > 1 or self.is_paddable(atom, tp)
 
     def _constant(self, atom: Axis) -> bool:
         """Whether the indices of a lookup are the same in every step (positions)."""
@@ -240,7 +250,7 @@ def _with_companions(atom: Axis, uses: _Uses, tp: int, barred: set[Axis]) -> Spl
     would mostly repeat work.
     """
     assert isinstance(atom.size, int)
-    if atom not in uses.unpaddable and atom.size >= PADDED_FROM * tp:
+    if uses.is_paddable(atom, tp):
         return Split((atom,), paddable=True)
     atoms = [atom]
     missing = tp // math.gcd(atom.size, tp)

@@ -4,11 +4,13 @@ Before::
 
     _assert_tensor_metadata(x, dtype=float32, device=cpu)
     w = cat([empty, k], -2)             # an empty cache of shape [0]
+    loss = nll_loss_nd(log_softmax(z, 1), labels)
     u = slice_scatter(slice_scatter(new_empty(q, [.., 24]), a, -1, 0, 8), b, -1, 8, 24)
 
 After::
 
     w = k
+    loss = cross_entropy_loss(z, labels)
     u = cat([a, b], -1)
 """
 
@@ -23,7 +25,7 @@ from torch import Tensor, fx
 
 from autoshard.memory import written
 from autoshard.rules import bind
-from autoshard.rules.call import op_name
+from autoshard.rules.call import op_name, traced_call
 
 aten = torch.ops.aten
 
@@ -59,14 +61,25 @@ def normalize(
             _drop_empty_operands(node)
         elif name == "slice_scatter":
             _writes_as_cat(node)
+        elif name == "nll_loss_nd":
+            _nll_as_cross_entropy(node)
         elif name == "index":
             _index_as_slice(node, constants)
     for node in graph.nodes:
         if node.op == "placeholder" and node.name in parameters and not node.users:
             graph.erase_node(node)  # a tied parameter's other name
-    graph.eliminate_dead_code(lambda n: n.op in ("placeholder", "output") or written(n) is not None)
+    graph.eliminate_dead_code(_has_effects)
     graph.lint()
     return graph
+
+
+def _has_effects(node: fx.Node) -> bool:
+    """Only what is known to do nothing but compute may be dropped (vmap leaves calls that do more)."""
+    if node.op != "call_function":
+        return node.op != "get_attr"
+    if isinstance(node.target, torch._ops.OpOverload):
+        return written(node) is not None
+    return getattr(node.target, "__module__", "") not in ("_operator", "math", "builtins", "torch")
 
 
 def _replace(node: fx.Node, value: Any) -> None:
@@ -113,8 +126,29 @@ def _writes_as_cat(node: fx.Node) -> None:
     if ends[-1] != shape[dim] or any(s != e for (s, *_), e in zip(parts, ends, strict=False)):
         return
     with node.graph.inserting_before(node):
-        new = node.graph.call_function(aten.cat.default, ([source for *_, source in parts], dim))
-    new.meta = dict(node.meta)
+        new = traced_call(
+            node.graph, aten.cat.default, ([source for *_, source in parts], dim), {}, node
+        )
+    _replace(node, new)
+
+
+def _nll_as_cross_entropy(node: fx.Node) -> None:
+    """``nll_loss(log_softmax(x))`` is the cross entropy of x."""
+    given = bind(node)
+    source = given["self"]
+    if op_name(source) != "log_softmax" or len(source.users) != 1:
+        return
+    softmax, rank = bind(source), source.meta["val"].dim()
+    if softmax["dim"] % rank != (1 if rank > 1 else 0):
+        return
+    with node.graph.inserting_before(node):
+        logits = softmax["self"]
+        if softmax["dtype"] is not None:
+            logits = traced_call(
+                node.graph, aten.to.dtype, (logits, softmax["dtype"]), {}, source
+            )
+        args = (logits, given["target"], given["weight"], given["reduction"], given["ignore_index"])
+        new = traced_call(node.graph, aten.cross_entropy_loss.default, args, {}, node)
     _replace(node, new)
 
 

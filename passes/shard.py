@@ -168,12 +168,14 @@ class _Sharder:
         if self.flow.reduced.get(node) in (LOOKUP, LOSS):
             self._lookup(node, call, arguments, group)
             return
-        rule = rule_for(node.target)
+        rule, target = rule_for(node.target), node.target
         if rule is not None and rule.localize is not None:
-            arguments.update(rule.localize(call, _Local(self, node)))
+            sizes = rule.localize(call, _Local(self, node))
+            arguments.update(sizes)
+            target = WITH_LOCAL_SIZES.get(target, target) if sizes else target
         if summed:
             self._weigh(call, arguments, degree, group)
-        result = self._emit(node, call, arguments, group, bool(summed))
+        result = self._emit(node, call, target, arguments, group, bool(summed))
         if summed:
             kept = self.assignment.cuts_in(call.outputs[0] or ())
             if kept:
@@ -279,9 +281,9 @@ class _Sharder:
         return result
 
     def _emit(
-        self, node: fx.Node, call: Call, arguments: dict[str, Any], group: fx.Node, summed: bool
-    ) -> fx.Node:
-        target: Any = node.target
+        self, node: fx.Node, call: Call, target: Any, arguments: dict[str, Any], group: fx.Node,
+        summed: bool,
+    ) -> fx.Node:  # fmt: skip
         if summed and call.added_once:
             target, bias = UNBIASED[node.target]
             arguments = {**arguments}
@@ -290,7 +292,6 @@ class _Sharder:
                 shape = [-1] + [1] * CONVOLUTIONS[node.target]
                 self._bias = self._create(node, "bias", aten.reshape.default, (self._bias, shape))
             arguments.pop("beta", None), arguments.pop("alpha", None)
-        target = WITH_LOCAL_SIZES.get(target, target)
         args, kwargs = _positional(target, arguments)
         if _is_random(node):
             missing = set(self.assignment.cuts_in(d for o in call.operands.values() for d in o))

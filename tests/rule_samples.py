@@ -607,8 +607,10 @@ SAMPLES: dict[str, tuple[Build, ...]] = {
     "aten.einsum.default": (
         einsum("mk,kn->mn", 3), einsum("bmk,bkn->bmn", 4), einsum("bqhd,bkhd->bhqk", 5),
         einsum("ij->ji", 2), einsum("ij->i", 2), einsum("i,i->", 1), einsum("i,j->ij", 2),
-        einsum("ij, jk, kl -> il", 4), einsum("ij->", 2), einsum("...ij,jk->...ik", 0),
-        einsum("ii->i", 0), einsum("mk,kn", 0), einsum("ibh,jbh->ijb", 4),
+        einsum("ij, jk, kl -> il", 4), einsum("ij->", 2), einsum("...ij,jk->...ik", 6),
+        einsum("ii->i", 0), einsum("mk,kn", 3), einsum("ibh,jbh->ijb", 4),
+        lambda draw: Sample(("...ij,...jk->...ik", [draw.real(4, 6, 8), draw.real(8, 2)]), splits=4),
+        lambda draw: Sample(("n...k,m...k", [draw.real(4, 6, 8), draw.real(2, 1, 8)]), splits=4),
     ),
     "aten.scaled_dot_product_attention.default": (
         attention(), attention(batched=False, splits=1), attention(is_causal=True),

@@ -314,6 +314,16 @@ def test_equal_last_factors_align_whatever_stands_before() -> None:
     assert {id(a.find()) for a in caught.value.rest} == {id(a.find()) for a in (left[1], *right[1:3])}
 
 
+def test_the_larger_of_two_last_factors_is_refined() -> None:
+    """``[S, 32]`` and ``[S//8, 8, 4, 8]``: 32 is ``[4·8]``, whatever S//8 is."""
+    rows = sympy.floor(S / 8)
+    left, right = [Axis(S), Axis(32)], [Axis(rows), Axis(8), Axis(4), Axis(8)]
+    with pytest.raises(AxisMismatch) as mismatch:
+        unify_products(left, right)
+    assert factors_of(left[1]) == [right[2].find(), right[3].find()]
+    assert {a.find() for a in mismatch.value.rest} == {left[0], right[0], right[1]}
+
+
 def test_a_factor_of_one_element_is_nothing() -> None:
     """[x·1] is x: no wrapping without end."""
     part = concatenation([Axis(1), Axis(4), product([Axis(4), Axis(4)])])

@@ -224,8 +224,9 @@ def test_an_unknown_operator_keeps_its_operands_whole() -> None:
     assert "autoshard_tests.double_up" in plan.unknown[0]
     assert "test_errors.py" in plan.unknown[0] and " 1" in plan.unknown[0]
     assert plan.region("0").degree == 2
-    whole = {p.name for p in plan.parameters if p.degree == 1}
-    assert whole >= {"1.up.weight", "1.up.bias"}
+    shares = {p.name: p for p in plan.parameters}
+    assert shares["1.up.bias"].degree == 1
+    assert shares["1.up.weight"].dim == 1  # its result is a sum over the ranks, and whole
     report = autoshard.verify(model, 2, INPUT)
     assert report.ok, report
 

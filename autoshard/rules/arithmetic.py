@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 from autoshard import axes
@@ -60,13 +61,18 @@ def matmul(call: Call) -> None:
 
 
 def einsum(call: Call) -> None:
-    """``einsum``: its equation is its row."""
+    """``einsum``: its equation is its row; ``...`` stands for dimensions aligned from the right."""
     equation = call.arguments["equation"].replace(" ", "")
-    inputs, _, result = equation.partition("->")
     operands = [call.operand("tensors", i) for i in range(len(call.arguments["tensors"]))]
-    names = inputs.split(",")
-    if "." in equation or "->" not in equation or any(len(set(n)) != len(n) for n in names):
-        frozen(call)
+    left, arrow, right = equation.partition("->")
+    names = [_letters(n, len(dims)) for n, dims in zip(left.split(","), operands, strict=True)]
+    rank = max((sum(len(x) > 1 for x in n) for n in names), default=0)
+    stars = [f"*{i}" for i in reversed(range(rank))]
+    counts = Counter(x for n in names for x in n)
+    once = [x for x in sorted(counts) if counts[x] == 1 and len(x) == 1]
+    result = _letters(right, len(call.shape())) if arrow else [*stars, *once]
+    if any(len(set(n)) != len(n) for n in names):
+        frozen(call)  # a diagonal
         return
     bound: dict[str, Axis] = {}
     for name, dims in zip(names, operands, strict=True):
@@ -80,6 +86,13 @@ def einsum(call: Call) -> None:
     call.summed = [axis for letter, axis in bound.items() if letter not in result]
     if len(operands) > 1:
         call.flops = 2 * axes.product_of([a.find().size for a in bound.values()])
+
+
+def _letters(names: str, rank: int) -> list[str]:
+    """``...ij`` of a tensor of rank 4 is ``*1 *0 i j``."""
+    before, dots, after = names.partition("...")
+    missing = rank - len(before) - len(after) if dots else 0
+    return [*before, *(f"*{i}" for i in reversed(range(missing))), *after]
 
 
 def attention(call: Call) -> None:

@@ -159,6 +159,19 @@ def where(node: fx.Node) -> str:
     return f"{node.target} at {layer or 'the model'}{line}"
 
 
+def traced_call(
+    graph: fx.Graph, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], like: fx.Node
+) -> fx.Node:
+    """A new call at the insertion point, with its traced value, where ``like`` stands in the model."""
+    name = getattr(target, "_schema", target)
+    name = getattr(name, "name", getattr(name, "__name__", "call")).partition("::")[2]
+    node = graph.create_node("call_function", target, args, kwargs, name=name or None)
+    traced_args, traced_kwargs = fx.map_arg((args, kwargs), lambda n: n.meta["val"])
+    meta = {k: v for k, v in like.meta.items() if k not in ("val", "tensor_meta")}
+    node.meta = meta | {"val": target(*traced_args, **traced_kwargs)}
+    return node
+
+
 def op_name(node: fx.Node) -> str:
     """``softmax`` for ``aten.softmax.int``; ``""`` for what is no operator."""
     if isinstance(node.target, torch._ops.OpOverload):

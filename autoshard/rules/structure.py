@@ -11,7 +11,6 @@ from autoshard import axes
 from autoshard.axes import Axis
 from autoshard.rules.call import Call
 from autoshard.rules.local import Local
-from autoshard.rules.views import frozen
 
 
 def _pieces(call: Call, axis: Axis, bounds: list[int]) -> list[Axis]:
@@ -179,7 +178,9 @@ def split(call: Call) -> None:
     dim = call.dim(call.arguments["dim"], len(dims))
     sizes = [call.shape(i)[dim] for i in range(len(call.node.meta["val"]))]
     if not all(isinstance(s, int) for s in sizes) or not isinstance(dims[dim].find().size, int):
-        frozen(call)
+        new = [Axis(size) for size in sizes]
+        call.freeze((dims[dim], *new), "a split of symbolic size")
+        call.outputs = [(*dims[:dim], piece, *dims[dim + 1 :]) for piece in new]
         return
     bounds = [0]
     for size in sizes:
@@ -194,8 +195,8 @@ def local_split(argument: str) -> Any:
 
     def localize(call: Call, local: Local) -> dict[str, Any]:
         dim = call.dim(call.arguments["dim"], len(call.operand("self")))
-        sizes = [_int(local.size(out[dim])) for out in call.outputs if out is not None]
-        return {argument: sizes}
+        sizes = [local.size(out[dim]) for out in call.outputs if out is not None]
+        return {argument: sizes} if all(isinstance(s, int) for s in sizes) else {}
 
     return localize
 

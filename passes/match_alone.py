@@ -1,0 +1,159 @@
+"""Match alone: matmuls that no region covers are split over their contraction, one by one.
+
+A matmul whose axes are needed whole elsewhere (a projection before a norm, a pooler) has
+whole operands. Each rank can take its part of the columns of a whole operand for nothing, so at this
+one use the contraction is an axis of its own::
+
+    out[n] = sum over k of x[k] w[n, k]          k in w/2 of the ranks' parts: a partial sum
+
+It costs an all-reduce of the result, and one of the operand's gradient. Where that buys few FLOPs (a
+router) the matmul stays whole.
+
+Before: ``norm(linear(x, w))`` whole. After: one candidate more, a region of one call; ``x`` at this
+use and ``w`` have a fresh axis for k.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection
+
+from torch import fx
+
+from autoshard.analysis import NOMINAL, Axes, Candidate, Found, Hints, Split, weights_of
+from autoshard.axes import Axis, atoms_of, unify
+from autoshard.rules import Call, rule_for
+from autoshard.rules.call import Dims, module_path
+
+# FLOPs per communicated element, against those of all regions together.
+WORTH = 1 / 16
+
+
+def match_alone(
+    graph: fx.Graph, axes: Axes, tp: int, candidates: tuple[Candidate, ...]
+) -> tuple[Candidate, ...]:
+    """The candidates, and one for each matmul that is worth splitting alone.
+
+    Args:
+        graph: the analysed graph.
+        axes: its analysis; contractions that are found get axes of their own in it.
+        tp: number of ranks.
+        candidates: what ``match`` found.
+    """
+    nominal, traced = Hints(graph, NOMINAL), Hints(graph)
+    taken = {atom for c in candidates if c.degrees(tp) != (1,) for atom in c.atoms}
+    names = {region.name for candidate in candidates for region in candidate.regions}
+    needed = WORTH * _intensity(axes, candidates, nominal)
+    found: list[Candidate] = []
+    for weight in axes.parameters:
+        calls = [axes.calls[n] for n in weight.users if n in axes.calls]
+        every = len(calls) == len(weight.users) and all(_is_alone(c, weight, taken) for c in calls)
+        if not calls or not every:
+            continue
+        communicated = sum(_communicated(c, weight, axes, nominal) for c in calls)
+        if sum(nominal(c.flops) for c in calls) < needed * communicated:
+            continue
+        own = [_alone(c) for c in calls]
+        dims = [_dims(c, weight) for c in own]
+        for other in dims[1:]:
+            for a, b in zip(dims[0], other, strict=True):
+                unify(a, b)
+        axis = _contraction(own[0], tp)
+        if axis is None:
+            continue
+        axes.calls.update({c.node: c for c in own})
+        axes.dims[weight] = dims[0]
+        nodes = [c.node for c in own]
+        name = base = module_path(nodes[0])
+        while name in names or not name:
+            name = f"{base}.{nodes[0].name}".lstrip(".")
+        names.add(name)
+        flops = sum(traced(c.flops) for c in own)
+        found.append(Candidate([Split((axis,))], nodes, flops, [Found(name, "mlp", nodes)]))
+    return (*_without({n for c in found for n in c.calls}, candidates), *found)
+
+
+def _without(nodes: set[fx.Node], candidates: tuple[Candidate, ...]) -> tuple[Candidate, ...]:
+    """Regions that cannot be split at all give up the calls that can be alone."""
+    for candidate in candidates:
+        candidate.calls = [n for n in candidate.calls if n not in nodes]
+        for region in candidate.regions:
+            region.calls = [n for n in region.calls if n not in nodes]
+        candidate.regions = [r for r in candidate.regions if r.calls]
+    return tuple(c for c in candidates if c.regions)
+
+
+def _intensity(axes: Axes, candidates: Collection[Candidate], hints: Hints) -> float:
+    """FLOPs of all products with weights in regions, per element that goes around for them."""
+    weights = weights_of(axes)
+    flops = communicated = 0
+    for candidate in candidates:
+        atoms = candidate.atoms
+        entered: set[fx.Node] = set()
+        for node in candidate.calls:
+            call = axes.calls[node]
+            if any(n in weights for n in node.all_input_nodes):
+                flops += hints(call.flops)
+            if any(atoms & set(atoms_of(a)) for a in call.summed):
+                communicated += hints.numel(call.outputs[0] or ())
+            for slot, dims in call.operands.items():
+                operand = call.tensor(*slot)
+                if operand in axes.differentiable and operand not in entered | weights:
+                    if not any(atoms & set(atoms_of(a)) for a in dims):
+                        entered.add(operand)
+                        communicated += hints.numel(dims)
+    return flops / max(1, communicated)
+
+
+def _is_alone(call: Call, weight: fx.Node, taken: set[Axis]) -> bool:
+    """Whether the call sums over a dimension of the weight, and nothing in it is split."""
+    if not call.flops or rule_for(call.node.target) is None:
+        return False
+    slots = [*call.operands.values(), *(dims for dims in call.outputs if dims is not None)]
+    if any(taken & set(atoms_of(a)) for dims in slots for a in dims):
+        return False
+    summed = {a.find() for a in call.summed}
+    return any(
+        call.tensor(*slot) is weight and slot not in call.added_once
+        and summed & {a.find() for a in dims}
+        for slot, dims in call.operands.items()
+    )  # fmt: skip
+
+
+def _communicated(call: Call, weight: fx.Node, axes: Axes, hints: Hints) -> int:
+    """Elements of the result, and of the operand whose gradient is summed."""
+    operands = {call.tensor(*slot): dims for slot, dims in call.operands.items()}
+    return hints.numel(call.outputs[0] or ()) + sum(
+        hints.numel(dims)
+        for operand, dims in operands.items()
+        if operand in axes.differentiable and operand is not weight
+    )
+
+
+def _dims(call: Call, operand: fx.Node) -> Dims:
+    return next(dims for slot, dims in call.operands.items() if call.tensor(*slot) is operand)
+
+
+def _alone(call: Call) -> Call:
+    """The call with axes that it shares with no other."""
+
+    def fresh(node: fx.Node) -> Dims:
+        return tuple(Axis(size) for size in call.shape_of(node.meta["val"]))
+
+    alone = Call(call.node, call.arguments, fresh, call.shape_of)
+    rule = rule_for(call.node.target)
+    assert rule is not None
+    rule.apply(alone)
+    for slot in alone.tensors():
+        alone.operand(*slot)
+    return alone
+
+
+def _contraction(alone: Call, tp: int) -> Axis | None:
+    """The summed axis that takes the largest degree."""
+    best: Axis | None = None
+    degree = 1
+    for axis in (a for summed in alone.summed for a in atoms_of(summed)):
+        if isinstance(axis.size, int) and axis.frozen is None and math.gcd(axis.size, tp) > degree:
+            best, degree = axis, math.gcd(axis.size, tp)
+    return best
