@@ -146,8 +146,8 @@ HEAD = """# Models
 
 Every architecture of transformers' causal, masked and sequence-to-sequence auto classes and some image
 classifiers, tiny and with random weights, split over 2 and 4 ranks with `degree="max"` and compared
-with itself in train mode with labels: every output and every parameter's gradient, in float64, with each
-attention implementation that it has. `python benchmarks/zoo.py --write` wrote this page
+with itself in train mode with labels: every output and every parameter's gradient, in float64, with
+each attention implementation that it has. `python benchmarks/zoo.py --write` wrote this page
 ({versions}).
 """
 TABLE = """*Split*: the share of matmul FLOPs of the forward that run on shards, the least of the runs.
