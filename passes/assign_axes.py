@@ -51,7 +51,12 @@ def assign_axes(graph: fx.Graph, parameters: Collection[str], inputs: Collection
 
     def dims_of(node: fx.Node) -> Dims:
         if node in result.dims:
-            return result.dims[node]
+            call = result.calls.get(node)
+            settled = {a.find() for a in call.settled} if call is not None else set()
+            return tuple(
+                Axis(a.find().size) if a.find() in settled and a.find().is_atom else a
+                for a in result.dims[node]
+            )
         return tuple(Axis(size) for size in shape_of(node.meta["val"]))
 
     for node in graph.nodes:

@@ -376,12 +376,11 @@ def _kind(calls: list[fx.Node], candidate: Candidate, axes: Axes, weights: set[f
     if not matmuls:
         return "embedding"
     for node in matmuls:
-        operands = [n for n in node.all_input_nodes if n in axes.dims]
+        operands = [n for n in node.all_input_nodes if n in axes.dims and n in axes.differentiable]
         if sum(1 for n in operands if n not in weights) > 1:
             return "attention"
-    sums = {
-        a for n in matmuls for axis in axes.calls[n].summed for a in atoms_of(axis)
-    } & candidate.atoms
+    summing = (axes.calls[n] for n in calls if axes.calls[n].lookup is None)
+    sums = {a for call in summing for axis in call.summed for a in atoms_of(axis)} & candidate.atoms
     return "mlp" if sums else "loss"
 
 

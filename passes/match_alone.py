@@ -16,17 +16,17 @@ use and ``w`` have a fresh axis for k.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
 
 from torch import fx
 
-from autoshard.analysis import NOMINAL, Axes, Candidate, Found, Hints, Split, weights_of
+from autoshard.analysis import NOMINAL, Axes, Candidate, Found, Hints, Split
 from autoshard.axes import Axis, atoms_of, unify
 from autoshard.rules import Call, rule_for
 from autoshard.rules.call import Dims, module_path
 
-# FLOPs per communicated element, against those of all regions together.
-WORTH = 1 / 16
+# FLOPs per communicated element, against those of a square matmul: the result is no narrower than a
+# seventh of the operand.
+WORTH = 1 / 4
 
 
 def match_alone(
@@ -43,15 +43,13 @@ def match_alone(
     nominal, traced = Hints(graph, NOMINAL), Hints(graph)
     taken = {atom for c in candidates if c.degrees(tp) != (1,) for atom in c.atoms}
     names = {region.name for candidate in candidates for region in candidate.regions}
-    needed = WORTH * _intensity(axes, candidates, nominal)
     found: list[Candidate] = []
     for weight in axes.parameters:
         calls = [axes.calls[n] for n in weight.users if n in axes.calls]
         every = len(calls) == len(weight.users) and all(_is_alone(c, weight, taken) for c in calls)
         if not calls or not every:
             continue
-        communicated = sum(_communicated(c, weight, axes, nominal) for c in calls)
-        if sum(nominal(c.flops) for c in calls) < needed * communicated:
+        if not all(_is_worth_it(c, weight, axes, nominal) for c in calls):
             continue
         own = [_alone(c) for c in calls]
         dims = [_dims(c, weight) for c in own]
@@ -83,28 +81,6 @@ def _without(nodes: set[fx.Node], candidates: tuple[Candidate, ...]) -> tuple[Ca
     return tuple(c for c in candidates if c.regions)
 
 
-def _intensity(axes: Axes, candidates: Collection[Candidate], hints: Hints) -> float:
-    """FLOPs of all products with weights in regions, per element that goes around for them."""
-    weights = weights_of(axes)
-    flops = communicated = 0
-    for candidate in candidates:
-        atoms = candidate.atoms
-        entered: set[fx.Node] = set()
-        for node in candidate.calls:
-            call = axes.calls[node]
-            if any(n in weights for n in node.all_input_nodes):
-                flops += hints(call.flops)
-            if any(atoms & set(atoms_of(a)) for a in call.summed):
-                communicated += hints.numel(call.outputs[0] or ())
-            for slot, dims in call.operands.items():
-                operand = call.tensor(*slot)
-                if operand in axes.differentiable and operand not in entered | weights:
-                    if not any(atoms & set(atoms_of(a)) for a in dims):
-                        entered.add(operand)
-                        communicated += hints.numel(dims)
-    return flops / max(1, communicated)
-
-
 def _is_alone(call: Call, weight: fx.Node, taken: set[Axis]) -> bool:
     """Whether the call sums over a dimension of the weight, and nothing in it is split."""
     if not call.flops or rule_for(call.node.target) is None:
@@ -120,14 +96,16 @@ def _is_alone(call: Call, weight: fx.Node, taken: set[Axis]) -> bool:
     )  # fmt: skip
 
 
-def _communicated(call: Call, weight: fx.Node, axes: Axes, hints: Hints) -> int:
-    """Elements of the result, and of the operand whose gradient is summed."""
+def _is_worth_it(call: Call, weight: fx.Node, axes: Axes, hints: Hints) -> bool:
+    """FLOPs per element of the result, and of the operand whose gradient is summed: a square matmul
+    over k has k."""
     operands = {call.tensor(*slot): dims for slot, dims in call.operands.items()}
-    return hints.numel(call.outputs[0] or ()) + sum(
+    elements = hints.numel(call.outputs[0] or ()) + sum(
         hints.numel(dims)
         for operand, dims in operands.items()
         if operand in axes.differentiable and operand is not weight
     )
+    return hints(call.flops) >= WORTH * hints.numel(tuple(call.summed)) * elements
 
 
 def _dims(call: Call, operand: fx.Node) -> Dims:

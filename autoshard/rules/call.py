@@ -61,6 +61,8 @@ class Call:
         summed: axes contracted away: where one is split, the result is a partial sum.
         averaged: the sum is divided by the number of elements (``mean``).
         added_once: operands to be added after the reduction (a bias).
+        settled: axes that the operator needs whole and gives back whole: what reads the result may
+            take its own share of them, so each use has axes of its own there.
         lookup: axis whose global indices the operator uses (a vocabulary), or None.
         flops: multiply-adds of the matmul, times two.
     """
@@ -74,6 +76,7 @@ class Call:
     summed: list[Axis] = field(default_factory=list)
     averaged: bool = False
     added_once: list[Slot] = field(default_factory=list)
+    settled: list[Axis] = field(default_factory=list)
     lookup: Axis | None = None
     flops: Size = 0
 

@@ -265,6 +265,7 @@ def along(name: str = "dim") -> Any:
         chosen = [chosen] if isinstance(chosen, int) else chosen
         whole = {call.dim(d, len(dims)) for d in (chosen or range(len(dims)))}
         call.freeze([dims[d] for d in whole], "needs this axis whole")
+        call.settled = [dims[d] for d in whole]
         value = call.node.meta["val"]
         results = value if isinstance(value, (list, tuple)) else [value]
         call.outputs = []
@@ -358,7 +359,9 @@ def scatter(call: Call) -> None:
     if call.given("src"):
         for a, b in zip(call.operand("index"), call.operand("src"), strict=True):
             call.unify(a, b)
-    call.outputs = [call.operand("self")]
+    dims = call.operand("self")
+    call.settled = [dims[call.dim(call.arguments["dim"], len(dims))]]
+    call.outputs = [dims]
 
 
 def view_as_complex(call: Call) -> None:
