@@ -1,11 +1,11 @@
 """Every architecture of transformers' auto classes: is the split model right, and how much is split?
 
-    python benchmarks/zoo.py [--only NAME ...] [--workers N] [--write]
+    python benchmarks/zoo.py [--only NAME ...] [--part K/N] [--workers N] [--write]
 
 Each architecture is verified in train mode with labels, at tp = 2 and 4 with ``degree="max"``, with
 each attention implementation that it has, in a process of its own with a time limit. ``--write``
 keeps what was found in ``benchmarks/measured/zoo.json`` and writes ``docs/models.md`` from it; with
-``--only``, the other architectures keep what was found before.
+``--only`` or ``--part``, the other architectures keep what was found before.
 """
 
 from __future__ import annotations
@@ -253,6 +253,7 @@ def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--only", nargs="*", help="names of architectures (of all kinds)")
+    parser.add_argument("--part", default="1/1", help="K/N: the K-th of every N architectures")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--write", action="store_true", help="keep the results, and write the page")
     options = parser.parse_args()
@@ -261,11 +262,13 @@ def main() -> None:
     transformers.logging.set_verbosity_error()
     torch.set_num_threads(1)
     chosen = architectures()
+    part, parts = map(int, options.part.split("/"))
+    chosen = chosen[part - 1 :: parts]
     if options.only:
         chosen = [a for a in chosen if a.model_type in options.only or a.name in options.only]
     found = run(chosen, options.workers)
     document: Result = {"versions": VERSIONS, "architectures": found}
-    if options.only and RESULTS.exists():
+    if (options.only or parts > 1) and RESULTS.exists():
         known = json.loads(RESULTS.read_text())["architectures"]
         document["architectures"] = {**known, **found}
     count = Counter(verdict(r) for r in found.values())
