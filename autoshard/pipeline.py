@@ -6,8 +6,9 @@ capture -> inline -> functionalize -> normalize -> assign_axes -> match
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
-from dataclasses import dataclass
+import copy
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import fx, nn
@@ -60,14 +61,39 @@ def analyse(
         tp: ranks.
         edit: a function applied to the captured graph first (verification turns dropout off).
     """
+    return next(analyse_each(model, args, kwargs, (tp,), edit))
+
+
+def analyse_each(
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    tps: Sequence[int],
+    edit: Callable[[fx.Graph], None] | None = None,
+) -> Iterator[Program]:
+    """Capture a model once, and find what can be split over several numbers of ranks."""
     seconds: dict[str, float] = {}
-    with Stages(seconds, ("capture", "normalize", "axes", "match")) as stages:
-        with stages.stage("capture"):
-            captured = capture(model, args, kwargs)
-        if edit is not None:
-            edit(captured.graph)
+    with Stages(seconds, ("capture",)) as stages, stages.stage("capture"):
+        captured = capture(model, args, kwargs)
+    if edit is not None:
+        edit(captured.graph)
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    module = captured.graph.owning_module
+    assert module is not None
+    for tp in tps:
+        graph = captured.graph if tp == tps[-1] else copy.deepcopy(module).graph
+        again = dict(seconds)
+        analysis = _analysed(replace(captured, graph=graph), tp, shapes, again)
+        yield Program(captured, analysis, again)
+
+
+def _analysed(
+    captured: Captured, tp: int, shapes: dict[str, tuple[int, ...]], seconds: dict[str, float]
+) -> Analysis:
+    graph = captured.graph
+    with Stages(seconds, ("normalize", "axes", "match")) as stages:
         with stages.stage("normalize"):
-            graph = inline(captured.graph, captured.differentiable)
+            graph = inline(graph, captured.differentiable)
             graph = functionalize(graph, captured.parameters)
             graph = normalize(graph, captured.parameters, captured.constants)
         with stages.stage("axes"):
@@ -81,9 +107,7 @@ def analyse(
                 axes = assign_axes(graph, captured.parameters, captured.inputs)
                 candidates = match(graph, axes, tp)
             candidates = match_alone(graph, axes, tp, candidates)
-    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
-    analysis = Analysis(graph, axes, candidates, captured.parameters, shapes)
-    return Program(captured, analysis, seconds)
+    return Analysis(graph, axes, candidates, captured.parameters, shapes)
 
 
 def rewrite(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,7 +20,8 @@ from autoshard import capture as capturing
 from autoshard.errors import AutoshardError
 from autoshard.exactly import default_dtype, edit_exactly, exactly
 from autoshard.inputs import normalized_inputs
-from autoshard.pipeline import Program, analyse, rewrite
+from autoshard.passes.assign_degrees import Request
+from autoshard.pipeline import Program, analyse_each, rewrite
 from autoshard.plans import Plan
 from autoshard.rank import local_share, placeholder_values, rank_module, whole_tensor
 from autoshard.rules.call import op_name
@@ -99,24 +100,31 @@ def verify(
     if plan is None and degree != "max" and not (isinstance(degree, int) and 0 < degree <= tp):
         raise ValueError(f'degree={degree!r} must be "max" or a number up to tp={tp}; or pass plan=')
     args, kwargs = normalized_inputs(model, example_inputs)
+    request: Any = plan.degrees if plan is not None else degree
+    return next(verify_each(model, (tp,), args, kwargs, request, dtype))
+
+
+def verify_each(
+    model: nn.Module,
+    tps: Sequence[int],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    request: Request = "max",
+    dtype: torch.dtype = torch.float64,
+) -> Iterator[Report]:
+    """``verify`` over several numbers of ranks, the model captured once."""
     exact = dtype is torch.float64  # a lower one runs as it would in training
     with default_dtype(dtype) if exact else contextlib.nullcontext():
-        return _verified(model, tp, args, kwargs, degree, plan, dtype)
-
-
-def _verified(
-    model: nn.Module, tp: int, args: tuple[Any, ...], kwargs: dict[str, Any], degree: str | int,
-    plan: Plan | None, dtype: torch.dtype,
-) -> Report:  # fmt: skip
-    subject = perturbed(copy.deepcopy(model).to(dtype), seed=0)
-    args, kwargs = pytree.tree_map_only(
-        Tensor, lambda t: t.to(dtype) if t.is_floating_point() else t.clone(), (args, kwargs)
-    )
-    program = analyse(capturing.skeleton(subject), args, kwargs, tp, edit=edit_exactly(dtype))
-    request: Any = plan.degrees if plan is not None else degree
-    made, sharded = rewrite(program, tp, request)
-    args, kwargs = boundary_inputs(program, tp, args, kwargs)
-    return compare(subject, program, sharded, made, args, kwargs, dtype)
+        subject = perturbed(copy.deepcopy(model).to(dtype), seed=0)
+        args, kwargs = pytree.tree_map_only(
+            Tensor, lambda t: t.to(dtype) if t.is_floating_point() else t.clone(), (args, kwargs)
+        )
+        hollow, edit = capturing.skeleton(subject), edit_exactly(dtype)
+        programs = analyse_each(hollow, args, kwargs, tps, edit)
+        for tp, program in zip(tps, programs, strict=True):
+            plan, sharded = rewrite(program, tp, request)
+            inputs = boundary_inputs(program, tp, args, kwargs)
+            yield compare(subject, program, sharded, plan, *inputs, dtype)
 
 
 def compare(

@@ -32,10 +32,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 import transformers
 
-import autoshard
-from autoshard import progress
+from autoshard import Report, progress
 from autoshard.errors import AutoshardError, CaptureError
+from autoshard.inputs import normalized_inputs
 from autoshard.paths import layer_of
+from autoshard.verification import verify_each
 from benchmarks.tiny_models import LEFT_OUT, Architecture, architectures, attentions, build
 
 HERE = Path(__file__).resolve().parent
@@ -51,24 +52,26 @@ Result = dict[str, Any]
 
 def examine(architecture: Architecture, attention: str) -> Result:
     """What is found about one architecture with one attention, at each degree."""
+    torch.manual_seed(0)
+    model, inputs = build(architecture, attention)
+    model.train()
     found: Result = {"tp": {}}
-    for tp in DEGREES:
-        torch.manual_seed(0)
-        model, inputs = build(architecture, attention)
-        model.train()
+    reports = verify_each(model, DEGREES, *normalized_inputs(model, inputs))
+    for index, tp in enumerate(DEGREES):
         try:
-            report = autoshard.verify(model, tp, inputs)
-        except AutoshardError as error:
+            report = next(reports)
+        except Exception as error:  # of an unknown kind: ours to mend
+            known = isinstance(error, AutoshardError)
+            why = str(error) if known else f"{type(error).__name__}: {error}"
             captured = not isinstance(error, CaptureError)
-            found["tp"][tp] = {"verdict": "refused", "captured": captured, "why": str(error)}
-        except Exception as error:  # ours to mend, whatever it is
-            found["tp"][tp] = {"verdict": "failed", "why": f"{type(error).__name__}: {error}"}
-        else:
-            found["tp"][tp] = _summary(report)
+            failure = {"verdict": "refused" if known else "failed", "captured": captured, "why": why}
+            found["tp"] |= dict.fromkeys(DEGREES[index:], failure)
+            break
+        found["tp"][tp] = _summary(report)
     return found
 
 
-def _summary(report: autoshard.Report) -> Result:
+def _summary(report: Report) -> Result:
     plan, seconds = report.plan, report.seconds
     layers: Counter[str] = Counter()
     for region in plan.regions:
