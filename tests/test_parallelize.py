@@ -392,7 +392,7 @@ def simulated(name: str, tp: int, degrees: dict[str, int]) -> dict[str, float]:
     model, batch = sample(name)
     tp_model = split(model, tp, batch, degrees, logits="whole")
     outputs = pytree.tree_leaves(tp_model(**batch))
-    verification._objective(outputs).backward()
+    verification.objective(outputs).backward()
     compiled = tp_model._last
     expected, expected_gradients = verification.simulated(
         model, compiled.program, compiled.sharded, tp_model.plan, (), batch
