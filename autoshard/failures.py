@@ -79,14 +79,18 @@ def place(frame: FrameType | None) -> Place:
             line = getattr(frame.f_locals["ctx"], "line", None)
             if line is not None:
                 return _of_line(line, "backward")
-        if own is None and not any(part in frame.f_code.co_filename for part in _LIBRARIES):
+        if own is None and not any(part in frame.f_code.co_filename for part in _MACHINERY):
             file = os.path.basename(frame.f_code.co_filename)
-            own = f"{frame.f_code.co_name} ({file}:{frame.f_lineno})"
+            own = f"{frame.f_code.co_qualname} ({file}:{frame.f_lineno})"
         frame = frame.f_back
     return Place(own or "Python")
 
 
-_LIBRARIES = (f"{os.sep}torch{os.sep}", f"{os.sep}autoshard{os.sep}", "<", f"threading{os.extsep}py")
+# Files whose frames say nothing of what a process is doing.
+_MACHINERY = (
+    f"{os.sep}torch{os.sep}", f"autoshard{os.sep}groups.py", f"autoshard{os.sep}failures.py",
+    f"{os.sep}contextlib.py", f"{os.sep}threading.py", "<",
+)  # fmt: skip
 
 
 def _of_line(line: Line, way: str) -> Place:
@@ -100,7 +104,9 @@ def _of_line(line: Line, way: str) -> Place:
 
 def _of_node(node: fx.Node, way: str) -> Place:
     target = getattr(node.target, "__name__", node.target)
-    return Place(f"the {way} of {target}", layer_of_node(node), node.name)
+    # What enters a layer was made by the one before.
+    users = list(node.users) if target in ("copy", "scatter") else []
+    return Place(f"the {way} of {target}", layer_of_node(users[0] if users else node), node.name)
 
 
 def layer_of_node(node: fx.Node) -> str:
