@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -30,14 +30,18 @@ class FiniteWatch:
     def __init__(self, plan: Plan, mesh: Mesh) -> None:
         self._plan, self._mesh = plan, mesh
         self._graph: fx.Graph | None = None
+        self._names: Mapping[str, str] = {}
         self._backward: dict[int, int] = {}  # place of a node -> NAN | INF in its gradient
         self._hooks: list[Any] = []
 
-    def run(self, module: fx.GraphModule, values: Sequence[Any]) -> Any:
-        """The graph's outputs. Raises NonFiniteError on every rank where one meets a bad value."""
+    def run(self, module: fx.GraphModule, names: Mapping[str, str], values: Sequence[Any]) -> Any:
+        """The graph's outputs. Raises NonFiniteError on every rank where one meets a bad value.
+
+        names: placeholder -> the parameter's name.
+        """
         self.end()
-        self._graph, self._backward = module.graph, {}
-        interpreter = _Interpreter(module, self._backward)
+        self._graph, self._names, self._backward = module.graph, names, {}
+        interpreter = _Interpreter(module, names, self._backward)
         self._hooks = interpreter.hooks
         outputs = interpreter.run(*values)
         self._agree(interpreter.first, "forward")
@@ -79,16 +83,18 @@ class FiniteWatch:
 
     def _told(self, node: fx.Node, way: str, kind: int, ranks: list[int]) -> str:
         what = {NAN: "a NaN", INF: "an infinity", NAN | INF: "NaNs and infinities"}[kind]
-        layer = layer_of_node(node) or "the top of the model"
-        users = ", ".join(f"{u.name} ({_target(u)})" for u in node.users)
-        source = (
-            f"{node.name} ({_target(node)})" if way == "forward" or not users
-            else f"the gradient of {node.name} ({_target(node)}), which comes from {users}"
-        )  # fmt: skip
+        layer, source = layer_of_node(node), f"{node.name} ({_target(node)})"
+        if node.op == "placeholder":
+            name = self._names.get(str(node.target))
+            layer = (name or "").rpartition(".")[0]
+            source = f"the input {node.name}" if name is None else f"the parameter {name}"
+        if way == "backward":
+            users = ", ".join(f"{u.name} ({_target(u)})" for u in node.users)
+            source = f"the gradient of {source}" + (f", which comes from {users}" if users else "")
         region = self._region(node, layer)
-        inside = f"in region {region}" if region else "in no region that is split"
         return (
-            f"{what} first appears in the {way} of {layer}, {inside}: {source}, on rank "
+            f"{what} first appears in the {way} of {layer or 'the top of the model'}, "
+            f"{f'in region {region}' if region else 'in no region that is split'}: {source}, on rank "
             f"{', '.join(map(str, ranks))} of the tensor parallel ranks "
             f"{', '.join(map(str, self._mesh.tp_ranks()))}"
         )
@@ -104,8 +110,11 @@ class FiniteWatch:
 
 
 class _Interpreter(fx.Interpreter):
-    def __init__(self, module: fx.GraphModule, backward: dict[int, int]) -> None:
+    def __init__(
+        self, module: fx.GraphModule, parameters: Collection[str], backward: dict[int, int]
+    ) -> None:
         super().__init__(module)
+        self.parameters = parameters
         self.places = {node: place for place, node in enumerate(module.graph.nodes)}
         self.kinds: dict[fx.Node, int] = {}
         self.first: tuple[int, int] | None = None
@@ -133,7 +142,7 @@ class _Interpreter(fx.Interpreter):
     def _meant(self, node: fx.Node) -> int:
         """What is no news here."""
         if node.op == "placeholder":  # a parameter must be finite, an input may be a mask
-            return 0 if str(node.target).startswith("p_") else INF
+            return 0 if node.target in self.parameters else INF
         known = 0
         for operand in node.all_input_nodes:
             known |= self.kinds.get(operand, 0)
@@ -160,6 +169,4 @@ def _kind(tensor: Tensor) -> int:
 
 
 def _target(node: fx.Node) -> str:
-    if node.op == "placeholder":
-        return "parameter" if str(node.target).startswith("p_") else "input"
     return str(getattr(node.target, "__name__", node.target))

@@ -133,7 +133,10 @@ class ParallelModule(nn.Module):
             compiled.sharded, compiled.captured, self._local(compiled), self._whole_buffers(), flat
         )
         watch: FiniteWatch | None = self.__dict__.get("_watch")
-        results = compiled.module(*values) if watch is None else watch.run(compiled.module, values)
+        if watch is None:
+            results = compiled.module(*values)
+        else:
+            results = watch.run(compiled.module, compiled.captured.parameters, values)
         outputs = [
             result if split is None else self._split_output(result, split)
             for result, split in zip(results, compiled.sharded.outputs, strict=True)
