@@ -241,6 +241,8 @@ class ParallelModule(nn.Module):
         )  # fmt: skip
         last = self._last
         try:
+            key, flat = self._key(args, kwargs)  # what has to be captured is captured as for a step
+            self._find(key, flat, args, kwargs, self._known(key, flat))
             return verify_ranks(subject, args, kwargs, torch.device(device or mesh.device))
         finally:
             self.__dict__["_last"] = last
