@@ -161,4 +161,7 @@ def test_a_rank_that_is_elsewhere_says_where() -> None:
     """Alive, and not in the collective: the error says what it is doing instead."""
     (found,) = with_a_casualty(2, 1, "sleep", "forward").values()
     assert found["missing"] == ()
-    assert "every rank answers: rank 1 is in step_with_a_casualty.<locals>.fall (test_failures.py:" in found["told"]
+    assert (
+        "every rank answers: rank 1 is in step_with_a_casualty.<locals>.fall (test_failures.py:"
+        in found["told"]
+    )
