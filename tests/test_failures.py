@@ -22,7 +22,9 @@ from torch import Tensor, nn
 import autoshard
 from autoshard import failures
 from autoshard.errors import CollectiveError
-from tests.distributed import _free_port, _rank_main
+from autoshard.groups import ProcessGroupComm
+from autoshard.mesh import Mesh, init_mesh
+from tests.distributed import _free_port, _rank_main, run_distributed
 
 TIMEOUT = 10.0  # seconds, of the process groups
 ROLL = 3 * failures.GRACE  # seconds more until an error is raised, at most
@@ -165,3 +167,22 @@ def test_a_rank_that_is_elsewhere_says_where() -> None:
         "every rank answers: rank 1 is in step_with_a_casualty.<locals>.fall (test_failures.py:"
         in found["told"]
     )
+
+
+def timeouts() -> list[float]:
+    """Seconds of every group of a mesh with dp, tp and factored degrees."""
+    dist.init_process_group("gloo", timeout=timedelta(seconds=77))
+    mesh = Mesh(init_mesh(4, device="cpu"), [2, 4])
+    pair = init_mesh(2, device="cpu")
+    assert pair is not None
+    groups = [mesh.group(2), mesh.group(4)]
+    processes = [g.process_group for g in groups if isinstance(g, ProcessGroupComm)]
+    found = [*processes, pair.get_group("dp"), pair.get_group("tp")]
+    cpu = torch.device("cpu")
+    return [g._get_backend(cpu).options._timeout.total_seconds() for g in found]
+
+
+@pytest.mark.slow
+def test_every_group_has_the_timeout_of_the_default_group() -> None:
+    """A mesh gives its groups the backend's 30 minutes else, whatever init_process_group was told."""
+    assert run_distributed(timeouts, 4, process_group=False) == [[77.0] * 4] * 4
