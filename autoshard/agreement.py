@@ -88,9 +88,8 @@ class InputCheck:
 
         Raises RanksDifferError on every rank of the group, with the inputs and the ranks that differ.
         """
-        if not self._due(graph) or torch.compiler.is_compiling():
-            return
-        self.compare(args, kwargs, train)
+        if not torch.compiler.is_compiling() and self._due(graph):
+            self.compare(args, kwargs, train)
 
     def _due(self, graph: object) -> bool:
         if self._mesh.tp == 1 or self.mode is False:
