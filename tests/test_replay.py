@@ -34,7 +34,8 @@ class Counting(nn.Module):
 
     def forward(self, idx: Tensor, targets: Tensor, extra: Tensor) -> tuple[Tensor, Tensor]:
         logits, loss = self.gpt(idx, targets)
-        return logits, loss + (self.scale * extra).square().mean()
+        drawn = torch.rand_like(extra)  # moves a stream, and changes nothing
+        return logits, loss + (self.scale * extra + 0 * drawn).square().mean()
 
 
 def _state(tp_model: autoshard.ParallelModule) -> dict[str, Any]:
