@@ -7,7 +7,10 @@ from autoshard.api import parallelize, plan
 from autoshard.errors import (
     AutoshardError,
     CaptureError,
+    CollectiveError,
+    NonFiniteError,
     PlanError,
+    RanksDifferError,
     UnknownOperatorError,
     UnsoundGraphError,
 )
@@ -21,9 +24,12 @@ __version__ = "0.1.0"
 __all__ = [
     "AutoshardError",
     "CaptureError",
+    "CollectiveError",
+    "NonFiniteError",
     "ParallelModule",
     "Plan",
     "PlanError",
+    "RanksDifferError",
     "Region",
     "Report",
     "UnknownOperatorError",

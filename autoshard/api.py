@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
+from autoshard.agreement import MODES
 from autoshard.capture import skeleton
 from autoshard.cost_model.hardware import Hardware
 from autoshard.errors import AutoshardError, PlanError, UnknownOperatorError
@@ -41,6 +42,7 @@ def parallelize(
     device: torch.device | str | None = None,
     logits: str = "auto",
     strict: bool = False,
+    check_inputs: bool | str = "first",
 ) -> ParallelModule:
     """Split a model over ``tp`` ranks inside its layers; called on every rank.
 
@@ -67,6 +69,9 @@ def parallelize(
         logits: ``"auto"``: in train mode beside a loss, outputs that are split stay so, as DTensors;
             whole else. ``"whole"`` and ``"sharded"`` say so for all.
         strict: an operator without a rule is an error instead of a line in the plan.
+        check_inputs: compare the inputs of a call among the ranks of each tensor parallel group, and
+            raise on all of them where they differ: ``True``: every call; ``"first"``: the first three
+            of every captured graph; ``False``: none. A call that is compared waits for the device once.
 
     Returns:
         A module with the model's inputs, outputs, and parameter names.
@@ -78,6 +83,8 @@ def parallelize(
         UnknownOperatorError: with ``strict``.
     """
     _check_model(model, tp)
+    if check_inputs not in MODES:
+        raise ValueError(f'check_inputs={check_inputs!r} must be True, False or "first"')
     if logits not in LOGITS:
         raise ValueError(f"logits={logits!r} must be one of {', '.join(LOGITS)}")
     device_mesh = init_mesh(tp, mesh, device)
@@ -97,7 +104,9 @@ def parallelize(
     ranks = Mesh(device_mesh, tuple(made.degrees.values()))
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     agree(tensors, ranks)
-    return ParallelModule(skeleton(model), program, made, sharded, ranks, tensors, example, logits)
+    return ParallelModule(
+        skeleton(model), program, made, sharded, ranks, tensors, example, logits, check_inputs
+    )
 
 
 def plan(
@@ -118,11 +127,12 @@ def plan(
     device: torch.device | str | None = None,
     logits: str = "auto",
     strict: bool = False,
+    check_inputs: bool | str = "first",
 ) -> Plan:
     """The plan that ``parallelize`` would follow. No process group, no GPU; meta models too.
 
-    Args: as ``parallelize``, so that one set serves both; ``mesh``, ``device`` and ``logits`` change
-        nothing here.
+    Args: as ``parallelize``, so that one set serves both; ``mesh``, ``device``, ``logits`` and
+        ``check_inputs`` change nothing here.
         checkpoint: ``"layer"``: plan for activations that are computed again, layer by layer.
 
     Raises: as ``parallelize``.

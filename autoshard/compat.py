@@ -6,6 +6,10 @@
   calls it. Replacing ``apply`` itself would miss ``f = MyFunction.apply`` stored before.
 - ``DTensor._local_tensor``, ``DTensor._spec`` and the constructor (torch 2.11, 2.13): ``to_local``
   takes 150 us a parameter and step, forward and backward; ``shares`` takes 20.
+- ``_get_default_store`` (torch 2.13): the key-value store by which the ranks found each other. Another
+  one would need a port of its own.
+- ``_set_pg_timeout`` and a backend's ``options`` (torch 2.13): a mesh gives its groups the backend's
+  default timeout (30 minutes), whatever ``init_process_group`` was told.
 - ``UntypedStorage._cdata`` (torch 2.11, 2.13): which traced tensors share memory. Traced storages have
   no address, and storages do not compare.
 """
@@ -15,12 +19,15 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.autograd.function as autograd_function
 from torch import Tensor
+from torch import distributed as dist
 from torch.autograd.function import once_differentiable
+from torch.distributed import distributed_c10d
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import _disable_current_modes
 
@@ -91,3 +98,21 @@ def storage_key(tensor: Tensor) -> int | None:
         return int(tensor.untyped_storage()._cdata)
     except NotImplementedError:
         return None
+
+
+def default_store() -> distributed_c10d.Store | None:
+    """A connection of its own to the store of the default process group; None where it has none."""
+    try:
+        store: distributed_c10d.Store = distributed_c10d._get_default_store().clone()  # type: ignore[attr-defined]
+        return store
+    except RuntimeError:  # a group without processes
+        return None
+
+
+def inherit_timeout(group: dist.ProcessGroup, device: torch.device) -> None:
+    """Give a process group the timeout of the default group, for collectives on `device`."""
+    try:
+        timeout: timedelta = dist.group.WORLD._get_backend(device).options._timeout  # type: ignore[union-attr]
+        distributed_c10d._set_pg_timeout(timeout, group)
+    except (AttributeError, RuntimeError):  # a backend without one
+        return

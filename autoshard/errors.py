@@ -19,3 +19,23 @@ class UnknownOperatorError(AutoshardError):
 
 class UnsoundGraphError(AutoshardError):
     """The check of a rewritten graph failed: it is not provably the same function."""
+
+
+class RanksDifferError(AutoshardError):
+    """Ranks that must hold the same values, or get the same inputs, do not. Raised on all of them."""
+
+
+class CollectiveError(AutoshardError):
+    """A collective of a step failed: a rank died, hangs, or does something else than the others.
+
+    Attributes:
+        missing: ranks of the world that did not answer.
+    """
+
+    def __init__(self, message: str, missing: tuple[int, ...] = ()) -> None:
+        super().__init__(message)
+        self.missing = missing
+
+
+class NonFiniteError(AutoshardError, ArithmeticError):
+    """A value that is infinite or not a number. Raised on all ranks of the tensor parallel group."""

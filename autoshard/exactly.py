@@ -41,11 +41,23 @@ class _Exact(TorchDispatchMode):
             return args[0].clone(), torch.ones_like(args[0], dtype=torch.bool)
         if func is aten.native_dropout_backward.default:
             return args[0].clone()
+        args, kwargs = _without_dropout(func, args, kwargs)
         if func is aten._grouped_mm.default and args[0].dtype is torch.float64:
             return _grouped_mm(*args[:3])
         if self.dtype is torch.float64:
             args, kwargs = pytree.tree_map_only(torch.dtype, lambda d: EXACT.get(d, d), (args, kwargs))
         return func(*args, **kwargs)
+
+
+def _without_dropout(func: Any, args: tuple[Any, ...], kwargs: Any) -> tuple[Any, Any]:
+    """The arguments of a fused attention kernel (or its backward) with its ``dropout_p`` zero."""
+    if "dropout_p" in kwargs:
+        return args, {**kwargs, "dropout_p": 0.0}
+    schema = getattr(func, "_schema", None)
+    for place, argument in enumerate(schema.arguments[: len(args)] if schema is not None else ()):
+        if argument.name == "dropout_p":
+            return (*args[:place], 0.0, *args[place + 1 :]), kwargs
+    return args, kwargs
 
 
 def _grouped_mm(a: Tensor, b: Tensor, offs: Tensor) -> Tensor:

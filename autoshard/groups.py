@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, Protocol, cast
+from typing import Any, Literal, Protocol, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from autoshard import failures
 from autoshard.random_streams import RandomStream
 
 ReduceOp = Literal["sum", "max"]
+T = TypeVar("T")
 
 _functional = torch.ops._c10d_functional
 # torch 2.13 gave all_gather_into_tensor this name.
@@ -87,6 +89,7 @@ class ProcessGroupComm:
     def __init__(self, process_group: dist.ProcessGroup, stream: RandomStream) -> None:
         self.process_group = process_group
         self._name: str = process_group.group_name
+        self.ranks: list[int] = dist.get_process_group_ranks(process_group)
         self.stream = stream
         self.degree: int = process_group.size()
         self.coordinate: int = process_group.rank()
@@ -98,7 +101,8 @@ class ProcessGroupComm:
             return _wait(_functional.all_reduce(x.contiguous(), op, self._name))
         if not (inplace and x.is_contiguous()):
             x = x.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(x, _REDUCE_OPS[op], group=self.process_group)
+        with failures.explained("all-reduce", self.ranks):
+            dist.all_reduce(x, _REDUCE_OPS[op], group=self.process_group)
         return x
 
     def all_gather(self, x: Tensor) -> list[Tensor]:
@@ -108,8 +112,21 @@ class ProcessGroupComm:
             flat = _functional.all_gather_into_tensor(x.view(-1), self.degree, self._name)
             return list(_wait(flat).view(self.degree, *x.shape).unbind())
         buffer = x.new_empty((self.degree * x.numel(),))
-        _all_gather(buffer, x.view(-1), group=self.process_group)
+        with failures.explained("all-gather", self.ranks):
+            _all_gather(buffer, x.view(-1), group=self.process_group)
         return list(buffer.view(self.degree, *x.shape).unbind())
+
+    def broadcast(self, x: Tensor) -> None:
+        """Overwrite the contiguous `x` with that of coordinate 0."""
+        with failures.explained("broadcast", self.ranks):
+            dist.broadcast(x, self.ranks[0], group=self.process_group)
+
+    def gather_objects(self, value: T) -> list[T]:
+        """Every rank's `value`, pickled, by coordinate: for reports, not for steps."""
+        found: list[Any] = [None] * self.degree
+        with failures.explained("all-gather of objects", self.ranks):
+            dist.all_gather_object(found, value, group=self.process_group)
+        return found
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ProcessGroupComm:
         return self

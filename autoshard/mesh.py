@@ -12,6 +12,8 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import Placement, Replicate, Shard
 
+from autoshard.compat import inherit_timeout
+from autoshard.failures import answer_roll_calls
 from autoshard.groups import Group, ProcessGroupComm, SingleGroup
 from autoshard.random_streams import RandomStream, group_seed
 
@@ -143,9 +145,11 @@ def init_mesh(
     device_type = _default_device_type() if device is None else torch.device(device).type
     if not started:
         _start_process_group(device_type, None if device is None else torch.device(device))
-    if world == tp:
-        return init_device_mesh(device_type, (tp,), mesh_dim_names=("tp",))
-    return init_device_mesh(device_type, (world // tp, tp), mesh_dim_names=("dp", "tp"))
+    sizes = {"tp": tp} if world == tp else {"dp": world // tp, "tp": tp}
+    made = init_device_mesh(device_type, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
+    for dim in sizes:
+        inherit_timeout(made.get_group(dim), torch.device(device_type))
+    return made
 
 
 def _checked(mesh: DeviceMesh, tp: int) -> DeviceMesh:
@@ -224,6 +228,7 @@ class Mesh:
             if device_mesh.device_type == "cuda":
                 self.device = torch.device("cuda", torch.cuda.current_device())
             self.tp_mesh = self._make_tp_mesh(device_mesh)
+            answer_roll_calls()
         self.seed = self._agree_on(torch.initial_seed() % 2**63 if seed is None else seed)
         self._groups = {degree: self._make_group(degree) for degree in self.degrees}
 
@@ -239,6 +244,8 @@ class Mesh:
         names = tuple(f"tp{dim}" for dim in range(len(self.shape)))
         ranks = device_mesh.mesh.view(-1, *self.shape)
         whole = DeviceMesh(device_mesh.device_type, ranks, mesh_dim_names=("dp", *names))
+        for name in names:
+            inherit_timeout(whole.get_group(name), self.device)
         return whole[names]
 
     def _make_group(self, degree: int) -> Group:
@@ -263,11 +270,13 @@ class Mesh:
                 made = dist.new_group([tp_ranks[member] for member in members])
                 if isinstance(made, dist.ProcessGroup):
                     mine = made
+                    inherit_timeout(made, self.device)
         return mine
 
-    def _tp_ranks(self) -> list[int]:
+    def tp_ranks(self) -> list[int]:
         """The ranks in the world of this tensor parallel group, by rank within it."""
-        assert self.device_mesh is not None
+        if self.device_mesh is None:
+            return [0]
         ranks: list[int] = self.device_mesh.mesh.view(-1, self.tp)[self.dp_rank].tolist()
         return ranks
 
@@ -276,7 +285,7 @@ class Mesh:
         whole world, else (the mesh does not know all groups) the first of the group's ranks."""
         if self.device_mesh is None or self.device_mesh.size() == dist.get_world_size():
             return self.dp_rank
-        return min(self._tp_ranks())
+        return min(self.tp_ranks())
 
     def _agree_on(self, seed: int) -> int:
         """The seed that the first rank of the mesh has."""

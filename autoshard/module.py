@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,17 +16,23 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.utils import _pytree as pytree
 
 from autoshard import parameters as stored_parameters
+from autoshard.agreement import InputCheck
 from autoshard.capture import Captured, hollowed, tied_names
 from autoshard.capture import skeleton as make_skeleton
 from autoshard.errors import AutoshardError
+from autoshard.finite import FiniteWatch
 from autoshard.groups import ProcessGroupComm
+from autoshard.inputs import normalized_inputs
 from autoshard.mesh import Mesh
 from autoshard.parameters import Stored
 from autoshard.pipeline import Program, analyse, rewrite
 from autoshard.plans import Plan
 from autoshard.progress import each
 from autoshard.rank import place_on, placeholder_values, rank_module
+from autoshard.replay import Subject, verify_ranks
+from autoshard.replicas import check_replicas
 from autoshard.sharded import Sharded, SplitOutput
+from autoshard.verification import Report, output_names
 
 LOGITS = ("auto", "whole", "sharded")
 
@@ -65,10 +72,12 @@ class ParallelModule(nn.Module):
         tensors: Mapping[str, Tensor],
         example: tuple[tuple[Any, ...], dict[str, Any]],
         logits: str = "auto",
+        check_inputs: bool | str = "first",
     ) -> None:
         super().__init__()
         self.__dict__["_skeleton"] = skeleton
         self.__dict__["_mesh"] = mesh
+        self.__dict__["_input_check"] = InputCheck(check_inputs, skeleton.forward, mesh)
         self.plan = plan
         self.logits = logits
         self._stored: dict[str, Stored] = {
@@ -117,11 +126,17 @@ class ParallelModule(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The model's forward: the same inputs, the same outputs, the same names."""
         key, flat = self._key(args, kwargs)
-        compiled = self._find(key, flat, args, kwargs)
+        known = self._known(key, flat)
+        self.__dict__["_input_check"](known, args, kwargs, self.training)
+        compiled = self._find(key, flat, args, kwargs, known)
         values = placeholder_values(
             compiled.sharded, compiled.captured, self._local(compiled), self._whole_buffers(), flat
         )
-        results = compiled.module(*values)
+        watch: FiniteWatch | None = self.__dict__.get("_watch")
+        if watch is None:
+            results = compiled.module(*values)
+        else:
+            results = watch.run(compiled.module, compiled.captured.parameters, values)
         outputs = [
             result if split is None else self._split_output(result, split)
             for result, split in zip(results, compiled.sharded.outputs, strict=True)
@@ -148,6 +163,89 @@ class ParallelModule(nn.Module):
         """Start dropout's random streams anew; with the same seed on every rank."""
         mesh: Mesh = self.__dict__["_mesh"]
         mesh.manual_seed(seed)
+
+    def check_replicas(self, repair: bool = False) -> tuple[str, ...]:
+        """Compare what the ranks of a tensor parallel group must hold alike; every rank calls it.
+
+        That is: parameters that are not split, or split in fewer parts than there are ranks; buffers;
+        the random streams of dropout. Bit for bit. Data parallel copies are not compared: keeping
+        these the same is the work of what sums their gradients.
+
+        Costs one pass over this rank's memory and 16 bytes of communication for each tensor.
+
+        Args:
+            repair: give every rank the values of the first that holds them, in place of raising.
+
+        Returns:
+            One line for each thing that was repaired; nothing where all was the same.
+
+        Raises:
+            RanksDifferError: on every rank of the group, with each thing that differs, the ranks, and
+                the largest absolute difference.
+        """
+        tensors = {**dict(self.named_parameters()), **dict(self.named_buffers())}
+        stored = {name: self._share(name) for name in tensors}
+        return check_replicas(tensors, stored, self.__dict__["_mesh"], repair)
+
+    @contextlib.contextmanager
+    def check_finite(self) -> Iterator[None]:
+        """Inside, say where an infinity or a NaN first appears, forward or backward.
+
+        The graph runs node by node and every value is looked at: slow, and meant for the step that
+        went wrong. All ranks of a tensor parallel group enter and leave it together.
+
+            with tp_model.check_finite():
+                tp_model(**batch).loss.backward()
+
+        Raises:
+            NonFiniteError: on every rank of the group, after the forward or, for gradients, at the next
+                forward or the end of the block: the value, its layer and region, and the ranks.
+        """
+        watch = FiniteWatch(self.plan, self.__dict__["_mesh"])
+        self.__dict__["_watch"] = watch
+        try:
+            yield
+            watch.end()
+        finally:
+            watch.close()
+            del self.__dict__["_watch"]
+
+    def verify(self, batch: Any, device: torch.device | str | None = None) -> Report:
+        """Compare a step on these ranks with the model itself, whole, on one rank of each group.
+
+        The first rank of a tensor parallel group gathers the parameters into a copy of the model and
+        runs it: outputs, loss, and the gradient of every parameter are compared, in the precision that
+        the parameters have, with dropout off. Every rank calls it, with the same batch; before
+        ``fully_shard`` or ``DistributedDataParallel``. Parameters, gradients, buffers, random streams
+        and the mode are as before.
+
+        Args:
+            batch: tuple or dict of the forward's arguments, as for a call.
+            device: where the whole model runs, with its gradients; this rank's device if not given.
+
+        Returns:
+            The report that ``autoshard.verify`` gives too, the same on every rank of the group.
+
+        Raises:
+            RanksDifferError: the ranks of a group got different batches.
+            AutoshardError: the whole model does not run on that device.
+        """
+        args, kwargs = normalized_inputs(self.__dict__["_skeleton"], batch)
+        mesh: Mesh = self.__dict__["_mesh"]
+        args, kwargs = pytree.tree_map_only(Tensor, lambda t: t.to(mesh.device), (args, kwargs))
+        self.__dict__["_input_check"].compare(args, kwargs, self.training)
+        model = make_skeleton(self.__dict__["_skeleton"]).train(self.training)
+        subject = Subject(
+            self.forward, model, lambda count: output_names(self._last.program, count),
+            dict(self.named_parameters()), dict(self.named_buffers()), self._share, mesh, self.plan,
+        )  # fmt: skip
+        last = self._last
+        try:
+            key, flat = self._key(args, kwargs)  # what has to be captured is captured as for a step
+            self._find(key, flat, args, kwargs, self._known(key, flat))
+            return verify_ranks(subject, args, kwargs, torch.device(device or mesh.device))
+        finally:
+            self.__dict__["_last"] = last
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ParallelModule:
         """Parameters and buffers of its own; the compiled graphs and the mesh are shared."""
@@ -203,15 +301,18 @@ class ParallelModule(nn.Module):
     def _whole_buffers(self) -> dict[str, Tensor]:
         return dict(self.named_buffers())
 
-    def _find(self, key: Any, flat: list[Any], args: tuple[Any, ...], kwargs: Any) -> Compiled:
-        shapes = tuple(tuple(x.shape) if isinstance(x, Tensor) else None for x in flat)
-        known = self._fits.get((key, shapes))
+    def _known(self, key: Any, flat: list[Any]) -> Compiled | None:
+        """The graph that holds for these inputs; None where it has still to be captured."""
+        known = self._fits.get((key, _shapes(flat)))
+        return known or next((c for c in self._compiled.get(key, ()) if _holds(c, flat)), None)
+
+    def _find(
+        self, key: Any, flat: list[Any], args: tuple[Any, ...], kwargs: Any, known: Compiled | None
+    ) -> Compiled:
         if known is None:
-            known = next((c for c in self._compiled.get(key, ()) if _holds(c, flat)), None)
-            if known is None:
-                known = self._capture(args, kwargs)
-                self._compiled.setdefault(key, []).append(known)
-            self._fits[key, shapes] = known
+            known = self._capture(args, kwargs)
+            self._compiled.setdefault(key, []).append(known)
+        self._fits[key, _shapes(flat)] = known
         self.__dict__["_last"] = known
         return known
 
@@ -330,6 +431,10 @@ def _holds(compiled: Compiled, flat: list[Any]) -> bool:
     except ValueError:
         return False
     return True
+
+
+def _shapes(flat: list[Any]) -> tuple[tuple[int, ...] | None, ...]:
+    return tuple(tuple(x.shape) if isinstance(x, Tensor) else None for x in flat)
 
 
 def _kind(leaf: Any) -> Any:

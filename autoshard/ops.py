@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from autoshard.failures import Line, line_of_graph
 from autoshard.groups import Group
 
 P = ParamSpec("P")
@@ -197,6 +198,11 @@ def _apply(function: type[torch.autograd.Function], *args: Any) -> Tensor:
     return cast(Tensor, function.apply(*args))
 
 
+def _line() -> Line | None:
+    """Which line of the graph this is, for the error where the backward's collective fails."""
+    return None if torch.compiler.is_compiling() else line_of_graph()
+
+
 def _check_indices(indices: Tensor, size: int, name: str, of: str) -> None:
     """Raises IndexError for an index outside [0, size); asserts without waiting on CUDA."""
     if indices.is_meta or indices.numel() == 0 or torch.compiler.is_compiling():
@@ -214,7 +220,7 @@ def _check_indices(indices: Tensor, size: int, name: str, of: str) -> None:
 class _Copy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
-        ctx.group = group
+        ctx.group, ctx.line = group, _line()
         return x.view_as(x)
 
     @staticmethod
@@ -266,7 +272,7 @@ class _Gather(torch.autograd.Function):
 class _Scatter(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, dim: int, group: Group) -> Tensor:
-        ctx.dim, ctx.group = dim, group
+        ctx.dim, ctx.group, ctx.line = dim, group, _line()
         size = x.shape[dim] // group.degree
         # A copy, so that the whole `x` is not kept alive by its slice.
         return x.narrow(dim, group.coordinate * size, size).clone(memory_format=torch.contiguous_format)

@@ -126,6 +126,17 @@ class RandomStream:
         for device, generator_state in states.items():
             self._generator(torch.device(device)).set_state(generator_state)
 
+    def packed(self, device: torch.device | str) -> Tensor:
+        """The seed and the state on one device, as bytes on the CPU: to compare, and for `unpack`."""
+        seed = torch.tensor([self._seed]).view(torch.uint8)
+        return torch.cat([seed, self._generator(torch.device(device)).get_state()])
+
+    def unpack(self, state: Tensor, device: torch.device | str) -> None:
+        """Goes on, on this device, where the stream that was packed stood; takes its seed too."""
+        state = state.cpu()
+        self._seed = int(state[:8].clone().view(torch.int64))
+        self._generator(torch.device(device)).set_state(state[8:].clone())
+
 
 def _device_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.device:
     if kwargs.get("device") is not None:

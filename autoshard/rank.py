@@ -12,6 +12,7 @@ from torch.utils import _pytree as pytree
 
 from autoshard import layouts
 from autoshard.capture import Captured
+from autoshard.failures import know
 from autoshard.groups import Group
 from autoshard.sharded import Sharded
 
@@ -26,7 +27,9 @@ def rank_module(sharded: Sharded, group: Callable[[int], Group]) -> fx.GraphModu
         if node.op == "get_attr"
     }
     with _CODEGEN:  # naming nodes is not safe among threads
-        return fx.GraphModule(attributes, sharded.graph, class_name="RankGraph")
+        module = fx.GraphModule(attributes, sharded.graph, class_name="RankGraph")
+    know(module)
+    return module
 
 
 def place_on(graph: fx.Graph, device: torch.device) -> None:

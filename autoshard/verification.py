@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -139,31 +139,41 @@ def compare(
     """Compare a rewritten graph, run on simulated ranks, with the model run eagerly."""
     with exactly(dtype):
         subject.zero_grad()
-        reference = pytree.tree_leaves(subject(*_clone(args), **_clone(kwargs)))
-        _objective(reference).backward()
+        reference = pytree.tree_leaves(subject(*cloned(args), **cloned(kwargs)))
+        objective(reference).backward()
     expected = {
         name: torch.zeros_like(p) if p.grad is None else p.grad.detach().clone()
         for name, p in subject.named_parameters()
     }
     outputs, gradients = simulated(subject, program, sharded, plan, args, kwargs)
-    largest = max((g.abs().max().item() for g in expected.values() if g.numel()), default=1.0)
+    largest = largest_of(expected)
     gradient_errors = {}
     for name, whole in expected.items():
         shares = gradients.get(name)
         if shares is None:
-            gradient_errors[name] = _error([torch.zeros_like(whole)], whole, largest)
+            gradient_errors[name] = relative_error([torch.zeros_like(whole)], whole, largest)
         else:
-            gradient_errors[name] = _error(shares, whole, largest)
-    names = _output_names(program, len(reference))
+            gradient_errors[name] = relative_error(shares, whole, largest)
+    names = output_names(program, len(reference))
     tensors = [(i, r) for i, r in enumerate(reference) if isinstance(r, Tensor)]
     output_errors = {
-        names[i]: _error([rank[i] for rank in outputs], r.detach(), 0.0) for i, r in tensors
+        names[i]: relative_error([rank[i] for rank in outputs], r.detach(), 0.0) for i, r in tensors
     }
-    worst = max([0.0, *output_errors.values(), *gradient_errors.values()], key=_rank)
-    tolerance = TOLERANCE[dtype]
-    return Report(
-        worst < tolerance, worst, output_errors, gradient_errors, tolerance, plan, program.seconds
-    )
+    report = judged(output_errors, gradient_errors, TOLERANCE[dtype], plan)
+    return replace(report, seconds=program.seconds)
+
+
+def judged(
+    outputs: dict[str, float], gradients: dict[str, float], tolerance: float, plan: Plan
+) -> Report:
+    """The report of these relative errors."""
+    worst = max([0.0, *outputs.values(), *gradients.values()], key=_rank)
+    return Report(worst < tolerance, worst, outputs, gradients, tolerance, plan)
+
+
+def largest_of(gradients: Mapping[str, Tensor]) -> float:
+    """The largest absolute element: what a gradient that is truly zero is measured by."""
+    return max((g.abs().max().item() for g in gradients.values() if g.numel()), default=1.0)
 
 
 def simulated(
@@ -196,9 +206,9 @@ def simulated(
         local.update({alias: local[n] for alias, n in names.items() if n in local})
         module = rank_module(sharded, rank.group)
         own = {n: b.clone() for n, b in buffers.items()}
-        values = placeholder_values(sharded, captured, local, own, _clone(flat))
+        values = placeholder_values(sharded, captured, local, own, cloned(flat))
         result = list(module(*values))
-        _objective(result).backward()
+        objective(result).backward()
         return (
             [r.detach() if isinstance(r, Tensor) else r for r in result],
             {n: local[n].grad for n in whole},
@@ -284,7 +294,7 @@ def _source_input(node: fx.Node, places: Mapping[str, int]) -> int | None:
     return places[node.name]
 
 
-def _objective(outputs: list[Any]) -> Tensor:
+def objective(outputs: list[Any]) -> Tensor:
     """A scalar that depends on every element of every differentiable output."""
     total: Tensor | None = None
     generator = torch.Generator().manual_seed(7)
@@ -293,14 +303,15 @@ def _objective(outputs: list[Any]) -> Tensor:
             weights = torch.randn(value.shape, generator=generator, dtype=torch.float64)
             if not value.requires_grad:
                 continue
-            term = (value.nan_to_num(0.0, 0.0, 0.0).double() * (1 + weights)).sum()
+            value = value.nan_to_num(0.0, 0.0, 0.0).double()
+            term = (value * (1 + weights.to(value.device))).sum()
             total = term if total is None else total + term
     if total is None:
         raise AutoshardError("no output of the model depends on its parameters")
     return total
 
 
-def _error(shares: list[Tensor], whole: Tensor, largest: float) -> float:
+def relative_error(shares: list[Tensor], whole: Tensor, largest: float) -> float:
     """``max|a - b| / max(max|b|, 1e-6 * largest)`` over all ranks."""
     if not whole.numel():
         return 0.0
@@ -323,11 +334,12 @@ def _rank(error: float) -> float:
     return float("inf") if error != error else error
 
 
-def _clone(value: Any) -> Any:
+def cloned(value: Any) -> Any:
+    """The same with tensors of its own."""
     return pytree.tree_map_only(Tensor, lambda t: t.clone(), value)
 
 
-def _output_names(program: Program, count: int) -> list[str]:
+def output_names(program: Program, count: int) -> list[str]:
     node = next(n for n in reversed(program.captured.graph.nodes) if n.op == "output")
     names = [n.name if isinstance(n, fx.Node) else str(i) for i, n in enumerate(node.args[0])]
     names += [str(i) for i in range(len(names), count)]

@@ -1,0 +1,253 @@
+"""A collective that failed: which one it was, of which layer, and which rank is missing.
+
+A rank that dies or hangs shows on the others as an error of the backend ("Connection closed by
+peer", "Timed out waiting 1800000ms for recv operation") that knows neither. Nothing is written down
+while a step goes well: the place is found afterwards, from the line of the rank's graph that stands
+on the stack. The missing rank is found by a roll call over the store by which the ranks met: a thread
+of every process looks every half second whether one is called, and answers with what its process is
+doing; who is dead or stopped does not answer.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from types import FrameType
+from weakref import WeakValueDictionary
+
+import torch.distributed as dist
+from torch import fx
+from torch.distributed.distributed_c10d import PrefixStore, Store
+
+from autoshard.compat import default_store
+from autoshard.errors import CollectiveError
+
+INTERVAL = 0.5  # seconds between two looks whether the roll is called
+GRACE = 3.0  # seconds that a rank has to answer
+
+Line = tuple[str, int]  # the file name of a graph's generated code, which is its own, and the line
+
+_graphs: WeakValueDictionary[str, fx.GraphModule] = WeakValueDictionary()
+
+
+def know(module: fx.GraphModule) -> None:
+    """Have failures in this graph named by node and layer."""
+    _graphs[type(module).forward.__code__.co_filename] = module
+
+
+def line_of_graph() -> Line | None:
+    """The line of a known graph that calls the caller: for a backward pass, which has no such line."""
+    frame: FrameType | None = sys._getframe(1)
+    for _ in range(8):
+        if frame is None:
+            return None
+        if frame.f_code.co_filename in _graphs:
+            return frame.f_code.co_filename, frame.f_lineno
+        frame = frame.f_back
+    return None
+
+
+@dataclass(frozen=True)
+class Place:
+    """What a process is doing: a node of its graph, its layer, and the pass; or a line of Python."""
+
+    what: str
+    layer: str = ""
+    node: str = ""
+
+    def __str__(self) -> str:
+        if not self.node:
+            return self.what
+        return f"{self.what} at {self.layer or 'the top of the model'} (node {self.node})"
+
+
+def place(frame: FrameType | None) -> Place:
+    """What a stack is doing, from its innermost frame."""
+    own = None
+    while frame is not None:
+        if frame.f_code.co_filename in _graphs:
+            return _of_line((frame.f_code.co_filename, frame.f_lineno), "forward")
+        if frame.f_code.co_name == "run_node" and isinstance(node := frame.f_locals.get("n"), fx.Node):
+            return _of_node(node, "forward")
+        if frame.f_code.co_name == "backward" and "ctx" in frame.f_locals:
+            line = getattr(frame.f_locals["ctx"], "line", None)
+            if line is not None:
+                return _of_line(line, "backward")
+        if own is None and not any(part in frame.f_code.co_filename for part in _MACHINERY):
+            file = os.path.basename(frame.f_code.co_filename)
+            own = f"{frame.f_code.co_qualname} ({file}:{frame.f_lineno})"
+        frame = frame.f_back
+    return Place(own or "Python")
+
+
+# Files whose frames say nothing of what a process is doing.
+_MACHINERY = (
+    f"{os.sep}torch{os.sep}", f"autoshard{os.sep}groups.py", f"autoshard{os.sep}failures.py",
+    f"{os.sep}contextlib.py", f"{os.sep}threading.py", "<",
+)  # fmt: skip
+
+
+def _of_line(line: Line, way: str) -> Place:
+    module = _graphs.get(line[0])
+    if module is None:
+        return Place(f"the {way} of a graph")
+    name = module.code.splitlines()[line[1] - 1].partition("=")[0].strip()
+    node = next((n for n in module.graph.nodes if n.name == name), None)
+    return Place(f"the {way} of a graph") if node is None else _of_node(node, way)
+
+
+def _of_node(node: fx.Node, way: str) -> Place:
+    target = getattr(node.target, "__name__", node.target)
+    # What enters a layer was made by the one before.
+    users = list(node.users) if target in ("copy", "scatter") else []
+    return Place(f"the {way} of {target}", layer_of_node(users[0] if users else node), node.name)
+
+
+def layer_of_node(node: fx.Node) -> str:
+    """The path of the module that a node was traced in."""
+    stack = node.meta.get("nn_module_stack")
+    return str(list(stack.values())[-1][0]).partition("@")[0] if stack else ""
+
+
+def position() -> str:
+    """What this process is doing, as seen from another thread: in a backward pass, on any thread."""
+    frames = sys._current_frames()
+    main = threading.main_thread().ident
+    found = [place(frames[main])] if main in frames else []
+    found += [place(f) for t, f in frames.items() if t not in (main, threading.get_ident())]
+    return str(next((p for p in found if p.node), found[0] if found else Place("Python")))
+
+
+@contextlib.contextmanager
+def explained(collective: str, ranks: Sequence[int]) -> Iterator[None]:
+    """Errors of a collective among `ranks` (of the world) become a CollectiveError that names it."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise _explanation(error, collective, ranks) from error
+
+
+def _explanation(error: RuntimeError, collective: str, ranks: Sequence[int]) -> CollectiveError:
+    rank = dist.get_rank()
+    where = place(sys._getframe(2))
+    found = _roll_call.called(str(where)) if _roll_call is not None else None
+    message = (
+        f"{where}: an {collective} among the ranks {', '.join(map(str, ranks))} failed on rank {rank}"
+    )
+    missing: tuple[int, ...] = ()
+    if found is None:
+        message += "; which rank is missing could not be found out, there is no store to ask"
+    elif found.missing:
+        missing = found.missing
+        several = len(missing) > 1
+        message += (
+            f", because rank{'s' * several} {', '.join(map(str, missing))} "
+            f"{'do' if several else 'does'} not answer: dead or stopped. Look for the end of "
+            f"{'their' if several else 'its'} output, and for a kill by the kernel (out of memory)"
+        )
+    else:
+        others = "; ".join(f"rank {r} is in {w}" for r, w in found.answers.items() if r != rank)
+        message += (
+            f", but every rank answers: {others}. A rank that is elsewhere got other inputs, took "
+            "another branch, or was too slow for the process group's timeout"
+        )
+    message += (
+        ". The process group cannot be used any more: end all ranks and start again from a checkpoint. "
+        f"The backend says: {' '.join(str(error).split())}"
+    )
+    return CollectiveError(message, missing)
+
+
+@dataclass(frozen=True)
+class Roll:
+    """Who answered, and what they were doing; and who did not. Ranks of the world."""
+
+    answers: dict[int, str]
+    missing: tuple[int, ...]
+
+
+class _RollCall:
+    """The roll over the default store. Keys: calls (a count), <call>/<rank> (an answer), and result.
+
+    The first result stands for all: a rank that fails later, because its neighbours ended, would
+    miss these too.
+    """
+
+    def __init__(self, store: Store, second: Store) -> None:
+        self.world, self.rank = dist.get_world_size(), dist.get_rank()
+        self._calling = PrefixStore("autoshard/roll", store)
+        self._listening = PrefixStore("autoshard/roll", second)
+        self._group = dist.group.WORLD
+        self._known: bytes = b""
+        self.thread = threading.Thread(target=self._listen, name="autoshard roll call", daemon=True)
+        self.thread.start()
+
+    def alive(self) -> bool:
+        """Whether this process still answers for the process group that there is now."""
+        return self.thread.is_alive() and self._group is dist.group.WORLD
+
+    def _listen(self) -> None:
+        answered = 0
+        try:
+            while True:
+                time.sleep(INTERVAL)
+                if not (threading.main_thread().is_alive() and self._group is dist.group.WORLD):
+                    return
+                calls = self._listening.add("calls", 0)
+                for call in range(answered + 1, calls + 1):
+                    self._listening.set(f"{call}/{self.rank}", position())
+                answered = calls
+                if calls and not self._known and self._listening.check(["result"]):
+                    self._known = self._listening.get("result")
+        except RuntimeError:  # the store has gone
+            return
+
+    def called(self, where: str) -> Roll:
+        """Call the roll, or take the result of the first who did. Takes up to about 2 `GRACE`."""
+        if not self._known:
+            thread = threading.Thread(target=self._call, args=(where,), daemon=True)
+            thread.start()
+            thread.join(2 * GRACE)
+        if self._known:
+            result = json.loads(self._known)
+            return Roll({int(r): w for r, w in result["answers"].items()}, tuple(result["missing"]))
+        # The store itself is dead or stopped: its process is the first rank's, or torchrun's.
+        agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        return Roll({self.rank: where}, () if agent or self.rank == 0 else (0,))
+
+    def _call(self, where: str) -> None:
+        store, answers = self._calling, {self.rank: where}
+        try:
+            call = store.add("calls", 1)
+            end = time.monotonic() + GRACE
+            while len(answers) < self.world and time.monotonic() < end:
+                time.sleep(0.02)
+                for rank in set(range(self.world)) - set(answers):
+                    if store.check([f"{call}/{rank}"]):
+                        answers[rank] = store.get(f"{call}/{rank}").decode()
+            missing = sorted(set(range(self.world)) - set(answers))
+            result = json.dumps({"answers": answers, "missing": missing})
+            first = store.compare_set("result", "", result)
+            time.sleep(2 * INTERVAL)  # this process may keep the store, and end now
+            self._known = first
+        except RuntimeError:
+            return
+
+
+_roll_call: _RollCall | None = None
+
+
+def answer_roll_calls() -> None:
+    """Answer from now on when another rank asks who is there. Once per process group is enough."""
+    global _roll_call
+    if _roll_call is not None and _roll_call.alive():
+        return
+    stores = default_store(), default_store()
+    if stores[0] is not None and stores[1] is not None and dist.get_world_size() > 1:
+        _roll_call = _RollCall(stores[0], stores[1])
