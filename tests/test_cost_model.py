@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from functools import lru_cache
 from itertools import product
@@ -18,6 +19,7 @@ from autoshard.cost_model import formulas
 from autoshard.cost_model.formulas import constants, seconds
 from autoshard.cost_model.hardware import Hardware, load
 from autoshard.cost_model.model import CostModel
+from autoshard.cost_model.operators import LOSS, Operand, Operator, work_of
 from autoshard.cost_model.work import B, Collective, D, Product, S, Traffic
 from autoshard.errors import PlanError
 from autoshard.planning import Costs
@@ -152,6 +154,18 @@ def test_items_by_hand() -> None:
     assert float(formula.subs({s: four[s.name] for s in formula.free_symbols})) == pytest.approx(
         2e-5 + 1.5e-3
     )
+
+
+@pytest.mark.parametrize("dims", [(B, 1000), (B, 1000, S), (1000,)])
+def test_a_split_loss_reduces_scalars_of_every_token(dims: tuple[Any, ...]) -> None:
+    """The maximum, then three sums: 4 and 12 bytes a token, whatever the logits' shape."""
+    logits, target = Operand("self", dims, 2, True), Operand("target", (B,), 8, False)
+    loss = Operator("cross_entropy_loss", (logits, target), (), 2, "bfloat16", (), False, True)
+    reduced = [i for i in work_of(loss, LOSS).forward.items if isinstance(i, Collective)]
+    count = math.prod(d for i, d in enumerate(dims) if i != (len(dims) > 1))
+    assert [sympy.simplify(c.bytes - n * count) for c, n in zip(reduced, (4, 12), strict=True)] == [
+        0, 0
+    ]  # fmt: skip
 
 
 def test_a_product_is_done_in_whole_tiles_and_waves() -> None:
@@ -334,6 +348,10 @@ def test_with_degree_predicts_anew() -> None:
     changed = plan.with_degree("layers.0", 4)
     assert changed.predicted.step_time > plan.predicted.step_time
     assert "by request" in changed.notes[-1]
+    before = {p.name: p.local_numel for p in plan.parameters}
+    shares = {p.name: p for p in changed.parameters if p.name.startswith("layers.0.")}
+    assert any(p.local_numel < before[p.name] for p in shares.values())
+    assert all(p.degree == 4 for p in shares.values() if p.local_numel < before[p.name])
 
 
 def test_an_automatic_plan_is_kept_and_followed(tmp_path: Any) -> None:

@@ -8,9 +8,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
+from autoshard import flow
+from autoshard.cost_model import measure, operators
 from autoshard.cost_model.fit import fit, nonnegative
-from autoshard.cost_model.hardware import LEAST_PASSES, PROFILES, HardwareError, load, presets
+from autoshard.cost_model.hardware import LEAST_PASSES, PROFILES, HardwareError, at_hand, load, presets
 
 MEASURED = Path(__file__).resolve().parent.parent / "benchmarks" / "measured"
 
@@ -41,6 +44,27 @@ def test_a_profile_of_one_device_knows_no_link() -> None:
     """What to do is said."""
     with pytest.raises(HardwareError, match="measured on one device"):
         load("h200-x1").link(2)
+
+
+@pytest.mark.parametrize(
+    ("device", "name"),
+    [("NVIDIA H200", "h200"), ("NVIDIA A100-SXM4-80GB", "a100"), ("Tesla V100-SXM2-32GB", "v100"),
+     ("NVIDIA L4", "h100")],
+)  # fmt: skip
+def test_the_gpu_at_hand_has_its_profile(
+    monkeypatch: pytest.MonkeyPatch, device: str, name: str
+) -> None:
+    """By its name; one that has none is planned for as an H100."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: device)
+    assert at_hand() == load(name)
+
+
+def test_every_name_that_is_measured_has_a_default() -> None:
+    """An operator of the work, one that calibrate times, and the rewriting's loss: one spelling."""
+    assert {name for name, _ in operators.NAMED.values()} <= set(LEAST_PASSES)
+    assert set(measure.OPERATORS) | {"vocab_cross_entropy"} <= set(LEAST_PASSES)
+    assert operators.LOSS == flow.LOSS
 
 
 def test_saved_and_read(tmp_path: Path) -> None:

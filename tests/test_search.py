@@ -24,6 +24,11 @@ def cost(options: Options, hubs: list[Hub], degrees: tuple[int, ...]) -> tuple[f
     return seconds, sum(o.bytes for o in chosen)
 
 
+def every_cost(options: Options, hubs: list[Hub]) -> list[tuple[float, float]]:
+    """Seconds and bytes of every assignment."""
+    return [cost(options, hubs, d) for d in product(*([o.degree for o in own] for own in options))]
+
+
 numbers = st.integers(0, 12).map(float)
 
 
@@ -56,7 +61,7 @@ def test_the_choice_is_the_best_of_all(
 ) -> None:
     """Least seconds within the limit; or nothing fits, and the smallest says how much it takes."""
     options, hubs, limit = problem
-    every = [cost(options, hubs, d) for d in product(*([o.degree for o in own] for own in options))]
+    every = every_cost(options, hubs)
     fitting = [seconds for seconds, size in every if size <= limit]
     if not fitting:
         with pytest.raises(NoFit) as miss:
@@ -75,7 +80,7 @@ def test_without_a_limit_memory_does_not_count(
 ) -> None:
     """The fastest of all."""
     options, hubs, _ = problem
-    every = [cost(options, hubs, d) for d in product(*([o.degree for o in own] for own in options))]
+    every = every_cost(options, hubs)
     seconds, _ = cost(options, hubs, tuple(search(options, hubs, math.inf)))
     assert seconds == min(s for s, _ in every)
 
