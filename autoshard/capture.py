@@ -20,13 +20,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.export.graph_signature import InputKind
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from autoshard import huggingface
 from autoshard.autograd_functions import noticed
 from autoshard.compat import without_modes
 from autoshard.errors import CaptureError
+
+SMALL = 2**16  # elements
 
 
 @dataclass(frozen=True)
@@ -61,19 +65,25 @@ class Captured:
 
 
 def skeleton(model: nn.Module) -> nn.Module:
-    """A copy of the model whose parameters and buffers have shapes, dtypes and no memory."""
+    """A copy of the model whose parameters have shapes, dtypes and (all but small ones) no memory.
+
+    Buffers have memory, and small parameters too: a forward may write into them (running statistics,
+    weights that are clamped), which memory of one element for all would not let it.
+    """
     memo: dict[int, Any] = {}
     for tensor in (*model.parameters(), *model.buffers()):
-        hollow = hollowed(tensor.shape, tensor.dtype)
+        hollow = hollowed(tensor, tensor.dtype)
         if isinstance(tensor, nn.Parameter):
             hollow = nn.Parameter(hollow, requires_grad=tensor.requires_grad)
         memo[id(tensor)] = hollow
     return copy.deepcopy(model, memo)
 
 
-def hollowed(shape: torch.Size, dtype: torch.dtype) -> Tensor:
-    """A CPU tensor of this shape over the memory of one element."""
-    return torch.zeros((), dtype=dtype).expand(shape)
+def hollowed(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """A CPU tensor of this shape; a large parameter's is the memory of one element."""
+    if isinstance(tensor, nn.Parameter) and tensor.numel() > SMALL:
+        return torch.zeros((), dtype=dtype).expand(tensor.shape)
+    return torch.zeros(tensor.shape, dtype=dtype)
 
 
 def tied_names(model: nn.Module) -> dict[str, str]:
@@ -104,12 +114,15 @@ def capture(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
         around.enter_context(_named_arguments(model, kwargs))
         around.enter_context(_quiet())
         around.enter_context(without_modes())
+        around.enter_context(_DataIsDetached())
         hooks = around.enter_context(_hooks_noticed())
         functions = around.enter_context(noticed())
         try:
             program = torch.export.export(
                 model, args, kwargs, dynamic_shapes=_by_name(model, shapes), strict=False
             )
+        except CaptureError:
+            raise
         except Exception as error:
             try:
                 program = torch.export.export(
@@ -143,6 +156,8 @@ def capture(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
             buffers[name] = first[str(spec.target)]
         elif spec.kind is InputKind.CONSTANT_TENSOR:
             constants[name] = program.constants[str(spec.target)]
+            if isinstance(constants[name], FakeTensor):
+                raise CaptureError(f"the capture lost where the tensor {name} comes from")
         elif spec.kind is InputKind.USER_INPUT:
             inputs.append(name)
         else:
@@ -153,6 +168,19 @@ def capture(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
         graph, parameters, buffers, constants, tuple(inputs), program.call_spec.out_spec,
         _guards(program, graph, tuple(inputs)),
     )  # fmt: skip
+
+
+class _DataIsDetached(TorchFunctionMode):
+    """``weight.data`` is ``weight.detach()``: traced as itself it would be a constant."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if func == Tensor.data.__get__:  # type: ignore[attr-defined]
+            return args[0].detach()
+        if func == Tensor.data.__set__:  # type: ignore[attr-defined]
+            raise CaptureError("the model assigns to a tensor's .data; write into it by copy_ instead")
+        return func(*args, **(kwargs or {}))
 
 
 def _symbolic(value: Any) -> Any:

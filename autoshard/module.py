@@ -376,7 +376,7 @@ class ParallelModule(nn.Module):
             tensors = dict(self.state_dict_tensors())
             for name, hollow in (*skeleton.named_parameters(), *skeleton.named_buffers()):
                 if name in tensors and hollow.dtype != tensors[name].dtype:
-                    hollow.data = hollowed(hollow.shape, tensors[name].dtype)
+                    hollow.data = hollowed(hollow, tensors[name].dtype)
             self._compiled.clear()
             self._fits.clear()
         return self

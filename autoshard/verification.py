@@ -312,7 +312,7 @@ def objective(outputs: list[Any]) -> Tensor:
 
 
 def relative_error(shares: list[Tensor], whole: Tensor, largest: float) -> float:
-    """``max|a - b| / max(max|b|, 1e-6 * largest)`` over all ranks."""
+    """``max|a - b| / max(max|b|, 1e-4 * largest)`` over all ranks."""
     if not whole.numel():
         return 0.0
     worst = 0.0
@@ -324,7 +324,7 @@ def relative_error(shares: list[Tensor], whole: Tensor, largest: float) -> float
             continue
         same = (share == whole) | (share.isnan() & whole.isnan())
         difference = torch.where(same, 0.0, (share - whole).abs().double()).max().item()
-        scale = max(torch.nan_to_num(whole).abs().max().item(), 1e-6 * largest)
+        scale = max(torch.nan_to_num(whole).abs().max().item(), 1e-4 * largest)
         error = difference / scale if scale else difference
         worst = max(worst, error, key=_rank)
     return worst

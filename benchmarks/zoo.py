@@ -16,7 +16,6 @@ import logging
 import multiprocessing
 import os
 import re
-import signal
 import sys
 import time
 import warnings
@@ -111,9 +110,8 @@ def examined(architecture: Architecture, attention: str) -> Result:
         found: Result = here.recv() if here.poll(LIMIT) else {"tp": {}, "why": f"over {LIMIT:.0f} s"}
     except EOFError:
         found = {"tp": {}, "why": "the process died"}
-    if child.is_alive() and child.pid is not None:
-        child.join(1)
-        os.kill(child.pid, signal.SIGKILL) if child.is_alive() else None
+    child.join(1)
+    child.kill()
     child.join()
     return {**found, "seconds": round(time.perf_counter() - start, 1)}
 
