@@ -1,0 +1,319 @@
+"""Placements: which elements of a dimension each rank of a group holds, element by element.
+
+A dimension is an int where every rank holds all of it, in order; else a ``Split``: one array per rank,
+in the order of the rank's tensor. Elements that are known to be equal (an expanded dimension, a
+repeated head) are one *class*, so an array holds the numbers of classes: of ``[kv·group]`` heads that
+were repeated, element i is of class ``i // group``. -1 stands for padding, which is no element.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from autoshard.layouts import Concat, Layout, Leaf, Product
+
+Array: TypeAlias = npt.NDArray[np.int64]
+LARGEST = 2**26  # elements of one array
+
+
+class Unproven(Exception):
+    """What a step of the proof needs does not hold."""
+
+
+@dataclass(frozen=True, eq=False)
+class Split:
+    """A dimension of which not every rank holds everything in order. Made by ``placed`` alone.
+
+    Attributes:
+        size: elements of the whole dimension.
+        held: per rank of the group, the class of each of its elements; -1 is padding.
+        classes: element of the whole dimension -> its class; None where every element is its own.
+    """
+
+    size: int
+    held: tuple[Array, ...]
+    classes: Array | None
+
+    def __str__(self) -> str:
+        ranks = ", ".join(f"rank {r}: {_runs(h)}" for r, h in enumerate(self.held[:4]))
+        more = ", ..." if len(self.held) > 4 else ""
+        equal = "" if self.classes is None else " classes of equal elements"
+        return f"of {self.size}{equal} ({ranks}{more})"
+
+
+Dim: TypeAlias = int | Split
+
+_MADE: dict[tuple[Any, ...], Split] = {}
+
+
+def placed(size: int, held: Sequence[Array], classes: Array | None = None) -> Dim:
+    """The dimension of which ranks hold these elements; equal ones are the same object."""
+    if classes is not None:
+        classes, held = _numbered(classes, held)
+    whole = np.arange(size) if classes is None else classes
+    if all(h.size == size and np.array_equal(h, whole) for h in held):
+        return size
+    key = (size, None if classes is None else classes.tobytes(), tuple(h.tobytes() for h in held))
+    if key not in _MADE:
+        if len(_MADE) > 4096:  # equal dimensions of one proof are met again and again, others not
+            _MADE.clear()
+        _MADE[key] = Split(size, tuple(held), classes)
+    return _MADE[key]
+
+
+def _numbered(classes: Array, held: Sequence[Array]) -> tuple[Array | None, list[Array]]:
+    """Classes numbered in the order in which they first stand; None where each has one element."""
+    _, first, inverse = np.unique(classes, return_index=True, return_inverse=True)
+    order = np.empty(first.size, np.int64)
+    order[np.argsort(first)] = np.arange(first.size)
+    known = np.full(int(max(classes.max(initial=-1), *(h.max(initial=-1) for h in held))) + 2, -2)
+    known[-1] = -1
+    known[classes] = order[inverse]
+    renamed = [known[h] for h in held]
+    if any((h == -2).any() for h in renamed):
+        raise Unproven("a rank holds elements that are no part of the value")
+    return (None if first.size == classes.size else order[inverse]), renamed
+
+
+def classes_of(dim: Dim) -> Array:
+    """The class of every element of the whole dimension."""
+    if isinstance(dim, int):
+        return np.arange(dim)
+    return np.arange(dim.size) if dim.classes is None else dim.classes
+
+
+def held_by(dim: Dim, rank: int) -> Array:
+    """The classes that a rank holds, in its order."""
+    return np.arange(dim) if isinstance(dim, int) else dim.held[rank]
+
+
+def size_of(dim: Dim) -> int:
+    """Elements of the whole dimension."""
+    return dim if isinstance(dim, int) else dim.size
+
+
+def local_size(dim: Dim, rank: int) -> int:
+    """Elements that a rank's tensor has."""
+    return dim if isinstance(dim, int) else dim.held[rank].size
+
+
+@lru_cache(maxsize=4096)
+def joint(a: Dim, b: Dim) -> Dim | None:
+    """What is held of one dimension, known from two operands; None where they contradict.
+
+    On each rank, position p is an element of class a(p) and of class b(p); it must exist.
+    """
+    if a is b or (isinstance(a, int) and isinstance(b, int)):
+        return a if size_of(a) == size_of(b) else None
+    if size_of(a) != size_of(b):
+        return None
+    ranks = len(a.held if isinstance(a, Split) else b.held if isinstance(b, Split) else ())
+    pairs = [(held_by(a, r), held_by(b, r)) for r in range(ranks)]
+    if any(x.size != y.size or ((x < 0) != (y < 0)).any() for x, y in pairs):
+        return None
+    base = int(classes_of(b).max(initial=0)) + 1
+    try:
+        held = [np.where(x < 0, -1, x * base + y) for x, y in pairs]
+        return placed(size_of(a), held, classes_of(a) * base + classes_of(b))
+    except Unproven:
+        return None
+
+
+def merged(dims: Sequence[Dim]) -> Dim:
+    """The ordered product of dimensions, the last varying fastest."""
+    size = math.prod(map(size_of, dims))
+    splits = [d for d in dims if isinstance(d, Split)]
+    if not splits:
+        return size
+    if len(dims) == 1:
+        return dims[0]
+    if size > LARGEST:
+        raise Unproven(f"a dimension of {size} elements is too large to be proven")
+    counts = [int(classes_of(d).max(initial=-1)) + 1 for d in dims]
+    held = [_grid([held_by(d, r) for d in dims], counts) for r in range(len(splits[0].held))]
+    return placed(size, held, _grid([classes_of(d) for d in dims], counts))
+
+
+def _grid(arrays: Sequence[Array], counts: Sequence[int]) -> Array:
+    result = np.zeros(1, np.int64)
+    for array, count in zip(arrays, counts, strict=True):
+        a, b = result[:, None], array[None, :]
+        result = np.where((a < 0) | (b < 0), -1, a * count + b).ravel()
+    return result
+
+
+def divided(dim: Dim, sizes: Sequence[int], local: Sequence[Sequence[int]] | None = None) -> list[Dim]:
+    """The factors of a dimension that is the ordered product of these sizes.
+
+    Args:
+        local: sizes of the factors on each rank; None: as many as the rank holds of each.
+
+    Raises:
+        Unproven: what a rank holds is no product of what it would hold of the factors.
+    """
+    if isinstance(dim, int):
+        if local is not None and any(list(given) != list(sizes) for given in local):
+            raise Unproven(f"whole sizes are {list(sizes)}, the rank's {list(local[0])}")
+        return list(sizes)
+    if any((h < 0).any() for h in dim.held):
+        raise Unproven("a padded dimension is divided")
+    classes = classes_of(dim)
+    _, example = np.unique(classes, return_index=True)
+    per_axis = [_equal_slices(dim, sizes, axis) for axis in range(len(sizes))]
+    held: list[list[Array]] = [[] for _ in sizes]
+    for rank, own in enumerate(dim.held):
+        places = np.unravel_index(example[own], tuple(sizes))
+        coordinates = [per_axis[axis][place] for axis, place in enumerate(places)]
+        shape = [np.unique(c).size for c in coordinates] if local is None else list(local[rank])
+        if math.prod(shape) != own.size:
+            raise Unproven(f"rank {rank} holds {own.size} elements, its sizes are {shape}")
+        for axis, coordinate in enumerate(coordinates):
+            lines = np.moveaxis(coordinate.reshape(shape), axis, 0).reshape(shape[axis], -1)
+            if (lines != lines[:, :1]).any():
+                raise Unproven(f"what rank {rank} holds is no product of {list(sizes)}")
+            held[axis].append(lines[:, 0] if lines.shape[1] else np.arange(0))
+    return [placed(s, h, c) for s, h, c in zip(sizes, held, per_axis, strict=True)]
+
+
+def _equal_slices(dim: Split, sizes: Sequence[int], axis: int) -> Array:
+    """Element of one factor -> the first one for which the whole dimension's classes are the same."""
+    if dim.classes is None:
+        return np.arange(sizes[axis])
+    rows = np.moveaxis(dim.classes.reshape(tuple(sizes)), axis, 0).reshape(sizes[axis], -1)
+    _, inverse = np.unique(rows, axis=0, return_inverse=True)
+    return inverse.reshape(-1)
+
+
+def taken(dim: Dim, index: Array, local: Sequence[Array]) -> Dim:
+    """``dim[index]`` where rank r takes ``local[r]`` of what it holds."""
+    held = [held_by(dim, r)[i] for r, i in enumerate(local)]
+    return placed(index.size, held, classes_of(dim)[index])
+
+
+def disjoint(dims: Sequence[Dim]) -> bool:
+    """Whether no two ranks hold the same element of a tensor with these dimensions."""
+    return any(
+        isinstance(d, Split)
+        and d.classes is None
+        and np.unique(np.concatenate(d.held)).size == sum(h.size for h in d.held)
+        for d in dims
+    )
+
+
+def said(dims: Sequence[Dim]) -> str:
+    """The placement of a tensor, for messages."""
+    parts = [f"dimension {i} {d}" for i, d in enumerate(dims) if isinstance(d, Split)]
+    return "; ".join(parts) if parts else "the whole"
+
+
+def _runs(held: Array) -> str:
+    if not held.size:
+        return "nothing"
+    breaks = np.flatnonzero(np.diff(held) != 1)
+    starts, ends = [0, *(breaks + 1)], [*breaks, held.size - 1]
+    runs = [f"{held[a]}..{held[b]}" for a, b in zip(starts, ends, strict=True)]
+    return "+".join(runs[:4]) + ("+..." if len(runs) > 4 else "")
+
+
+def layout_positions(layout: Layout, size: int, coordinate: int) -> Array:
+    """The elements of a dimension of this size that a layout gives the rank at ``coordinate``.
+
+    A leaf cut in p parts with stride s gives part ``coordinate // s % p``, of ceil(size / p) elements,
+    the last ones of fewer. One leaf may be of unknown size, which follows from the dimension's.
+    """
+    known = [leaf_size(f) for f in _factors(layout)]
+    if known.count(-1) > 1:
+        raise Unproven(f"the layout {layout} has two unknown sizes")
+    rest = math.prod(n for n in known if n >= 0)
+    if (size % rest if -1 in known and rest else size - rest) != 0:
+        raise Unproven(f"the layout {layout} is of {rest} elements, the dimension has {size}")
+    return _positions(layout, size // rest if rest else 0, coordinate)
+
+
+def _factors(layout: Layout) -> tuple[Layout, ...]:
+    return (layout,) if isinstance(layout, Leaf | Concat) else layout.factors
+
+
+def leaf_size(layout: Layout) -> int:
+    """Elements of a layout, -1 where that is not known."""
+    if isinstance(layout, Leaf):
+        return layout.size
+    sizes = [leaf_size(c) for c in (layout.parts if isinstance(layout, Concat) else layout.factors)]
+    if min(sizes) < 0:
+        return -1
+    return sum(sizes) if isinstance(layout, Concat) else math.prod(sizes)
+
+
+def _positions(layout: Layout, unknown: int, coordinate: int) -> Array:
+    if isinstance(layout, Leaf):
+        count = unknown if layout.size < 0 else layout.size
+        step = -(-count // layout.parts)
+        begin = coordinate // layout.stride % layout.parts * step
+        return np.arange(min(begin, count), min(begin + step, count))
+    if isinstance(layout, Concat):
+        offset, behind = 0, []
+        for part in layout.parts:
+            behind.append(_positions(part, unknown, coordinate) + offset)
+            offset += leaf_size(part)
+        return np.concatenate(behind)
+    held = np.zeros(1, np.int64)
+    for factor in layout.factors:
+        count = unknown if leaf_size(factor) < 0 else leaf_size(factor)
+        inner = _positions(factor, unknown, coordinate)
+        held = (held[:, None] * count + inner[None, :]).ravel()
+    return held
+
+
+@lru_cache(maxsize=4096)
+def layout_of(text: str) -> Layout:
+    """The layout that a text in a graph says: ``2/2@4·(4/4 | 1 | 1)·64``."""
+    words = text.replace(" ", "")
+    place = 0
+
+    def concatenation() -> Layout:
+        nonlocal place
+        parts = [product()]
+        while place < len(words) and words[place] == "|":
+            place += 1
+            parts.append(product())
+        return parts[0] if len(parts) == 1 else Concat(tuple(parts))
+
+    def product() -> Layout:
+        nonlocal place
+        factors: list[Layout] = []
+        while True:
+            if words[place : place + 1] == "(":
+                place += 1
+                factors.append(concatenation())
+                if words[place : place + 1] != ")":
+                    raise Unproven(f"the layout {text!r} cannot be read")
+                place += 1
+            else:
+                factors.append(leaf())
+            if words[place : place + 1] != "·":
+                return factors[0] if len(factors) == 1 else Product(tuple(factors))
+            place += 1
+
+    def leaf() -> Leaf:
+        nonlocal place
+        start = place
+        while place < len(words) and words[place] in "0123456789?/@":
+            place += 1
+        size, _, cut = words[start:place].partition("/")
+        parts, _, stride = cut.partition("@")
+        try:
+            return Leaf(-1 if size == "?" else int(size), int(parts or 1), int(stride or 1))
+        except ValueError:
+            raise Unproven(f"the layout {text!r} cannot be read") from None
+
+    result = concatenation()
+    if place != len(words):
+        raise Unproven(f"the layout {text!r} cannot be read")
+    return result
