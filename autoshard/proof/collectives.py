@@ -153,7 +153,7 @@ def weighed(x: Held, dim: int, layout: str, group: int) -> Held:
     """Each element times the number of ranks over that of those that hold it."""
     _inside(x, group)
     _needs(x.is_plain, "a finished value")
-    dim = _dim(x, dim)
+    _needs(isinstance(dim, int) and 0 <= dim < len(x.dims), f"a dimension {dim}")
     tree = layout_of(layout)
     parts = [layout_positions(tree, size_of(x.dims[dim]), r) for r in range(group)]
     holders = Counter(int(i) for part in parts for i in part)
@@ -187,7 +187,7 @@ def unpad(x: Held, dim: int, padded: int, rows: int, size: int) -> Held:
     dim = _dim(x, dim)
     kept = np.arange(local_size(x.dims[dim], 0))
     if padded != rows:
-        _needs(kept.size % padded == 0, f"shares of {padded} elements")
+        _needs(0 < rows < padded and kept.size % padded == 0, f"shares of {padded} elements or more")
         kept = kept.reshape(-1, padded)[:, :rows].ravel()
     _needs(kept.size >= size, f"at least {size} elements")
     return _chosen(x, dim, [kept[:size]], OUTSIDE)

@@ -42,6 +42,8 @@ UNBIASED: dict[Any, tuple[Any, dict[str, str], str]] = {
     aten.conv1d.default: (aten.conv1d.default, {}, "bias"),
     aten.conv2d.default: (aten.conv2d.default, {}, "bias"),
 }
+# What following a call with arguments that it cannot have may raise.
+SENSELESS = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
 NUMBERS = ("operator", "_operator", "math", "torch")
 STOPS = {
     aten.detach.default,
@@ -98,6 +100,9 @@ class Proof:
                     raise Unproven(f"is a {node.op}, which no rewriting makes")
             except Unproven as failure:
                 raise self._refusal(node, str(failure)) from None
+            except SENSELESS as failure:
+                why = f"its arguments make no sense ({type(failure).__name__}: {failure})"
+                raise self._refusal(node, why) from failure
         if next(given, None) is not None:
             raise UnsoundGraphError("the rewritten graph has fewer inputs than the original")
 
