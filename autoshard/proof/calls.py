@@ -99,7 +99,8 @@ class Calls:
         if set(differing) - convolved:
             name = next(k for k in differing if k not in convolved)
             raise Unproven(f"needs {name} = {said[name]} as in the model, has {own.get(name)}")
-        if any(h.weighed for h in operands.values()) and model.target.namespace != "aten":
+        linear = getattr(model.target, "namespace", "") == "aten"
+        if any(h.weighed for h in operands.values()) and not linear:
             raise Unproven("is not known to be linear in what is weighed")
         given = {slot: Given(h.dims, h.weighed) for slot, h in operands.items()}
         # The row names operands in order, the one left out too: of that, nothing is held.

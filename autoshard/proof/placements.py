@@ -222,6 +222,7 @@ def _runs(held: Array) -> str:
     return "+".join(runs[:4]) + ("+..." if len(runs) > 4 else "")
 
 
+@lru_cache(maxsize=4096)
 def layout_positions(layout: Layout, size: int, coordinate: int) -> Array:
     """The elements of a dimension of this size that a layout gives the rank at ``coordinate``.
 

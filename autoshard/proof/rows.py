@@ -84,7 +84,7 @@ def computed(
     Raises:
         Unproven: the ranks' results are no placement of the model's.
     """
-    rule = rule_for(node.target)  # type: ignore[arg-type]
+    rule = rule_for(node.target)
     if rule is None:
         raise Unproven("has no row in the table of operators, so it needs its operands whole")
     call = Call(

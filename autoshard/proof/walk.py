@@ -22,6 +22,7 @@ from torch import fx
 from autoshard import ops
 from autoshard.analysis import AUTOCAST
 from autoshard.errors import UnsoundGraphError
+from autoshard.layouts import Layout
 from autoshard.proof.calls import Calls, bound
 from autoshard.proof.collectives import LOOKUPS, SIMPLE
 from autoshard.proof.held import OUTSIDE, Held, Known, Number, Several
@@ -103,12 +104,18 @@ class Proof:
             except SENSELESS as failure:
                 why = f"its arguments make no sense ({type(failure).__name__}: {failure})"
                 raise self._refusal(node, why) from failure
+        used = {d for node, d in self.groups.items() if node.users}
+        if used - set(self.sharded.degrees):
+            raise UnsoundGraphError(
+                f"the rewritten graph uses groups of {sorted(used)} ranks, declared are "
+                f"{sorted(self.sharded.degrees)}"
+            )
         if next(given, None) is not None:
             raise UnsoundGraphError("the rewritten graph has fewer inputs than the original")
 
     def _refusal(self, node: fx.Node, why: str) -> UnsoundGraphError:
-        operands = [self.known.get(n) for n in node.all_input_nodes]
-        held = "\n".join(f"    {n}: {k}" for n, k in zip(node.all_input_nodes, operands) if k)
+        known = [(n, self.known.get(n)) for n in node.all_input_nodes]
+        held = "\n".join(f"    {n}: {k}" for n, k in known if k is not None)
         return UnsoundGraphError(
             f"the rewritten graph is not proven to compute the model's function and gradients: it is "
             f"not at {node} ({where(node)}): {why}"
@@ -132,11 +139,8 @@ class Proof:
         dim, layout, degree = self.sharded.stored[name]
         if not 0 <= dim < len(shape):
             raise Unproven(f"is stored split along dimension {dim} of {list(shape)}")
-        held = [layout_positions(layout, shape[dim], r) for r in range(degree)]
-        if not np.array_equal(np.sort(np.concatenate(held)), np.arange(shape[dim])):
-            raise Unproven(f"is stored as {layout}: not every element by exactly one of {degree} ranks")
         dims: list[Dim] = list(shape)
-        dims[dim] = placed(shape[dim], held)
+        dims[dim] = _stored(layout, shape[dim], degree)
         return Held(model, tuple(dims), degree, gradient)
 
     def _output(self, node: fx.Node) -> None:
@@ -393,6 +397,14 @@ class Proof:
             raise Unproven("draws different random numbers for elements that several ranks hold")
 
 
+@lru_cache(maxsize=1024)
+def _stored(layout: Layout, size: int, degree: int) -> Dim:
+    held = [layout_positions(layout, size, r) for r in range(degree)]
+    if not np.array_equal(np.sort(np.concatenate(held)), np.arange(size)):
+        raise Unproven(f"is stored as {layout}: not every element by exactly one of {degree} ranks")
+    return placed(size, held)
+
+
 def _leaves(known: Held, split: SplitOutput | None, place: int) -> None:
     if not known.is_plain:
         raise Unproven(f"output {place} is {known}")
@@ -438,7 +450,8 @@ def _operands(own: Any, said: Any, bias: str | None) -> dict[tuple[str, int | No
     def visit(slot: tuple[str, int | None], mine: Any, model: Any) -> None:
         tensor = isinstance(model, fx.Node)
         if tensor != isinstance(mine, Held) or (tensor and mine.of is not model):
-            raise Unproven(f"needs {model} as {slot[0]}, has {mine.of if isinstance(mine, Held) else mine}")
+            given = mine.of if isinstance(mine, Held) else mine
+            raise Unproven(f"needs {model} as {slot[0]}, has {given}")
         if tensor:
             found[slot] = mine
 
