@@ -74,7 +74,9 @@ def _operators(sharded: Sharded) -> list[fx.Node]:
     ]
 
 
-def _made(kind: str, sharded: Sharded, node: fx.Node, what: str, change: Callable[[Site], Any]) -> Fault:
+def _made(
+    kind: str, sharded: Sharded, node: fx.Node, what: str, change: Callable[[Site], Any]
+) -> Fault:
     site = Site(sharded, node.name)
     change(site)
     site.graph.lint()
@@ -132,7 +134,7 @@ def moved_later(sharded: Sharded) -> Iterator[Fault]:
         users = list(node.users)
         if len(users) != 1 or users[0].op != "call_function":
             continue
-        if users[0].target not in (aten.add.Tensor, aten.dropout.default, aten.mul.Tensor, ops.with_stream):
+        if users[0].target not in (aten.add.Tensor, aten.mul.Tensor, ops.with_stream):
             continue
         def change(site: Site) -> None:
             user = next(iter(site.node.users))

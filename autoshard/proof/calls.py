@@ -1,4 +1,4 @@
-"""One call of an operator: which rule of inference holds for it, and the results kept for equal calls."""
+"""One call of an operator: which rule of inference it takes; equal calls are inferred once."""
 
 from __future__ import annotations
 

@@ -101,7 +101,8 @@ def gather(x: Held, dim: int, group: int) -> Held:
     """The ranks' elements behind each other; each rank's gradient is that of its own."""
     _inside(x, group)
     if x.stacked:
-        _needs(dim == 0 and x.stacked == 1 and replace(x, stacked=0).is_plain, "shares that are stacked")
+        ready = x.stacked == 1 and replace(x, stacked=0).is_plain
+        _needs(dim == 0 and ready, "shares that are stacked")
         sizes = {tuple(local_size(d, r) for d in x.dims) for r in range(group)}
         _needs(len(sizes) == 1, "shares of one size")
         return replace(x, stacked=group, inside=OUTSIDE)
@@ -225,9 +226,9 @@ def consecutive(x: Held, dim: int, group: int, total: int, rows: int) -> None:
     _needs(rows * group >= total, f"at least {total} rows, {group} times {rows} are fewer")
     for rank in range(group):
         wanted = np.arange(rank * rows, max(rank * rows, min((rank + 1) * rows, total)))
-        held = held_by(x.dims[dim], rank)
-        if isinstance(x.dims[dim], Split) and x.dims[dim].classes is not None:  # type: ignore[union-attr]
-            raise Unproven("needs rows that are all different")
+        old = x.dims[dim]
+        held = held_by(old, rank)
+        _needs(isinstance(old, int) or old.classes is None, "rows that are all different")
         if not np.array_equal(held[: wanted.size], wanted):
             raise Unproven(
                 f"needs rows {rank * rows}..{(rank + 1) * rows - 1} of {total} on rank {rank}, which "

@@ -172,7 +172,8 @@ def _repeat(target: Any, arguments: Arguments, shape: Shape) -> list[Result]:
     if new < 0:
         raise Unproven(f"repeats {list(shape)} {times} times")
     result = [Taken(None, np.zeros(n, np.int64)) for n in times[:new]]
-    result += [Taken(i, np.tile(np.arange(n), t)) for i, (n, t) in enumerate(zip(shape, times[new:]))]
+    old = zip(shape, times[new:], strict=True)
+    result += [Taken(i, np.tile(np.arange(n), t)) for i, (n, t) in enumerate(old)]
     return [tuple(result)]
 
 
@@ -342,7 +343,8 @@ def concatenated(operands: Sequence[Sequence[Dim]], dim: int) -> tuple[Dim, ...]
     offsets = np.cumsum([0, *(size_of(p) for p in parts[:-1])])
 
     def behind(arrays: Sequence[Array]) -> Array:
-        return np.concatenate([np.where(a < 0, -1, a + o) for a, o in zip(arrays, offsets, strict=True)])
+        pairs = zip(arrays, offsets, strict=True)
+        return np.concatenate([np.where(a < 0, -1, a + o) for a, o in pairs])
 
     held = [behind([held_by(p, r) for p in parts]) for r in range(len(splits[0].held))]
     result[dim] = placed(size, held, behind([classes_of(p) for p in parts]))

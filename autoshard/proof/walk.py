@@ -8,7 +8,6 @@ placement of what the model computes.
 from __future__ import annotations
 
 import inspect
-import math
 import operator
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
