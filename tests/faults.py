@@ -79,7 +79,6 @@ def _made(
 ) -> Fault:
     site = Site(sharded, node.name)
     change(site)
-    site.graph.lint()
     return Fault(kind, node.name, what, replace(sharded, graph=site.graph))
 
 

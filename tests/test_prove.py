@@ -25,7 +25,8 @@ from tests.models import huggingface, nanogpt
 CASES = {c.name: c for c in (*huggingface.CASES, *nanogpt.CASES)}
 SUBJECTS = [
     ("gpt2", 2),  # q, k, v in one weight, biases, a vocabulary that is padded, dropout
-    ("llama-kv2", 4),  # fewer key heads than ranks, untied embeddings
+    # fewer key heads than ranks, untied embeddings
+    pytest.param(("llama-kv2", 4), marks=pytest.mark.slow),
     pytest.param(("bloom", 4), marks=pytest.mark.slow),  # [batch·heads] in one dimension, ALiBi
 ]
 
@@ -49,7 +50,9 @@ class Subject:
         return str(raised.value)
 
 
-def made(model: nn.Module, inputs: dict[str, Any], tp: int, keep_split: tuple[int, ...] = ()) -> Subject:
+def made(
+    model: nn.Module, inputs: dict[str, Any], tp: int, keep_split: tuple[int, ...] = ()
+) -> Subject:
     """A model split as far as it goes."""
     program = analyse(skeleton(model), (), inputs, tp)
     _, sharded = rewrite(program, tp, "max", keep_split)
@@ -93,8 +96,8 @@ def is_the_same(fault: Fault) -> bool:
         right, wrong = (_held(part.strip()) for part in fault.what.split("->"))
         return right == wrong
     if fault.kind == "layout":
-        _, wrong = fault.what.split(" -> ")
-        return [_rows(wrong, r) for r in range(4)] == [_rows(fault.what.split(" -> ")[0], r) for r in range(4)]
+        right, wrong = ([_rows(text, r) for r in range(4)] for text in fault.what.split(" -> "))
+        return right == wrong
     sizes = r"\w+_local for \w+_local"  # numbers, all of them batch times local heads
     return fault.kind == "operand" and re.fullmatch(sizes, fault.what) is not None
 
@@ -113,7 +116,9 @@ def _rows(text: str, rank: int) -> list[int]:
 def _held(text: str) -> list[list[int]] | str:
     if text.startswith("("):  # (dim, Leaf(size=.., parts=.., stride=1), degree)
         found = re.fullmatch(r"\((\d), Leaf\(size=(\d+), parts=(\d+), stride=1\), (\d+)\)", text)
-        return text if found is None else [_rows(f"{found[2]}/{found[3]}", r) for r in range(int(found[4]))]
+        if found is None:
+            return text
+        return [_rows(f"{found[2]}/{found[3]}", r) for r in range(int(found[4]))]
     if "|" in text or "/" not in text:
         return text
     ranks = 4 if "/4" in text or "@" in text else 2
@@ -130,7 +135,8 @@ def test_every_fault_is_refused(given: tuple[str, int], kind: str) -> None:
         try:
             tried.prove(fault.sharded)
         except UnsoundGraphError as refusal:
-            assert re.search(r"it is not at \w+ \(.* at .*\): \S", str(refusal)) or "groups" in str(refusal)
+            named = re.search(r"it is not at \w+ \(.* at .*\): \S", str(refusal))
+            assert named or "uses groups of" in str(refusal)
         else:
             accepted.append(fault)
     wrong = [f"{f.node}: {f.what}" for f in accepted if not is_the_same(f)]

@@ -254,7 +254,7 @@ def embedded(arguments: Arguments, model: fx.Node, said: Arguments) -> Held:
 
 
 def loss(arguments: Arguments, model: fx.Node, said: Arguments) -> Held:
-    """``vocab_cross_entropy``: the loss of the whole logits; its gradient is that of the own classes."""
+    """``vocab_cross_entropy``: the whole logits' loss; its gradient is that of the own classes."""
     logits, target, group = arguments["logits"], arguments["target"], arguments["group"]
     _needs(logits.of is said["self"], f"the logits {said['self']}, has {logits.of}")
     for name, value in (("target", target), ("weight", arguments["weight"])):

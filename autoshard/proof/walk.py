@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 import operator
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
@@ -334,8 +334,7 @@ class Proof:
         if len(inside) > 1:
             raise Unproven("meets values inside groups of " + " and of ".join(map(str, sorted(inside))))
         degree = inside.pop() if inside else OUTSIDE
-        for slot_, held in operands.items():
-            self._may_meet(held, degree, slot_)
+        _may_meet(operands.values(), degree)
         result = self.calls.results(
             call.target, model, own, said, operands, degree, self.sizes.shape, bias
         )
@@ -360,17 +359,6 @@ class Proof:
         if degree != OUTSIDE and value is not None:
             raise Unproven("makes a number of what is inside a group")
         return Number(self.sizes.number(value))
-
-    def _may_meet(self, held: Held, degree: int, slot: Any) -> None:
-        if held.inside == OUTSIDE and held.is_split:
-            raise Unproven(f"needs {held.of} in the model's order, it is as it was gathered")
-        if not replace(held, weighed=None).is_plain:
-            raise Unproven(f"needs a finished value, has {held}")
-        if held.inside == OUTSIDE and degree != OUTSIDE and held.gradient:
-            raise Unproven(
-                f"{held.of} is outside and meets a group of {degree} without copy: its gradient would "
-                "be one rank's part of the sum; it needs ops.copy"
-            )
 
     def _randomness(
         self, call: Call, model: fx.Node, own: Any, degree: int, outputs: Any
@@ -402,6 +390,22 @@ def _stored(layout: Layout, size: int, degree: int) -> Dim:
     if not np.array_equal(np.sort(np.concatenate(held)), np.arange(size)):
         raise Unproven(f"is stored as {layout}: not every element by exactly one of {degree} ranks")
     return placed(size, held)
+
+
+def _may_meet(operands: Collection[Held], degree: int) -> None:
+    """Operands are finished, and those that a gradient can flow to stand on one side."""
+    for held in operands:
+        if held.inside == OUTSIDE and held.is_split:
+            raise Unproven(f"needs {held.of} in the model's order, it is as it was gathered")
+        if not replace(held, weighed=None).is_plain:
+            finish = "reduce it first" if held.times is not None else "finish it first"
+            raise Unproven(f"needs a finished value, has {held}: {finish}")
+    for held in operands:
+        if held.inside == OUTSIDE and degree != OUTSIDE and held.gradient:
+            raise Unproven(
+                f"{held.of} is outside and meets a group of {degree} without copy: its gradient would "
+                "be one rank's part of the sum; it needs ops.copy"
+            )
 
 
 def _leaves(known: Held, split: SplitOutput | None, place: int) -> None:
