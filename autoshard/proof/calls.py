@@ -63,28 +63,28 @@ class Calls:
         plain = {k: v for k, v in own.items() if k not in _names(operands)}
         wanted = {k: v for k, v in said.items() if k not in _names(operands) and k != bias}
         plain.pop(bias, None) if bias else None
-        same = target is model.target and plain.keys() == wanted.keys() and all(
-            _equal(plain[k], wanted[k]) for k in wanted
+        equal = target is model.target and plain.keys() == wanted.keys() and all(
+            same(plain[k], wanted[k]) for k in wanted
         )  # fmt: skip
         shapes = _shapes(model.meta.get("val"), shape_of)
         whole = all(not h.is_split and h.weighed is None for h in operands.values())
-        if same and whole and bias is None:
+        if equal and whole and bias is None:
             return Results(shapes)
         if any(h.weighed is not None for h in operands.values()):
-            return self._infer(target, model, own, said, operands, degree, shape_of, bias, same)
+            return self._infer(target, model, own, said, operands, degree, shape_of, bias)
         key = (
             target, model.target, repr(plain), repr(wanted), tuple(operands), degree, bias, shapes,
             tuple(h.dims for h in operands.values()),
         )  # fmt: skip
         if key not in self._known:
             self._known[key] = self._infer(
-                target, model, own, said, operands, degree, shape_of, bias, same
+                target, model, own, said, operands, degree, shape_of, bias
             )
         return self._known[key]
 
     def _infer(
         self, target: Any, model: fx.Node, own: Mapping[str, Any], said: Mapping[str, Any],
-        operands: Mapping[Slot, Held], degree: int, shape_of: ShapeOf, bias: str | None, same: bool,
+        operands: Mapping[Slot, Held], degree: int, shape_of: ShapeOf, bias: str | None,
     ) -> Results:  # fmt: skip
         family = moves(target)
         if family is not None:
@@ -92,9 +92,9 @@ class Calls:
                 raise Unproven("moves the elements of a weighed value")
             return Results(tuple(_moved(family, target, model, own, said, operands, degree)))
         differing = [k for k in said if k not in _names(operands) and k != bias
-                     and not _equal(own.get(k), said[k])]  # fmt: skip
+                     and not same(own.get(k), said[k])]  # fmt: skip
         convolved = {"groups", "stride"} if "groups" in said else set()
-        if not same and bias is None and target is not model.target:
+        if bias is None and target is not model.target:
             raise Unproven(f"is {target}, the original {model.target}")
         if set(differing) - convolved:
             name = next(k for k in differing if k not in convolved)
@@ -122,7 +122,7 @@ def _convolution(
         if any(local_size(k, rank) != size_of(k) for k in groups[1:]):
             if list(own["stride"]) != kernel:
                 raise Unproven(f"needs the stride {kernel} of its part of the kernel")
-        elif not _equal(own["stride"], said["stride"]):
+        elif not same(own["stride"], said["stride"]):
             raise Unproven(f"needs the stride {said['stride']} as in the model, has {own['stride']}")
 
 
@@ -176,9 +176,10 @@ def _shapes(value: Any, shape_of: ShapeOf) -> tuple[tuple[int, ...] | None, ...]
     return tuple(shape_of(v) if isinstance(v, torch.Tensor) else None for v in values)
 
 
-def _equal(a: Any, b: Any) -> bool:
+def same(a: Any, b: Any) -> bool:
+    """Whether two arguments say the same: equal, and of one type."""
     if isinstance(a, list | tuple) and isinstance(b, list | tuple):
-        return len(a) == len(b) and all(_equal(x, y) for x, y in zip(a, b, strict=True))
+        return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b, strict=True))
     if isinstance(a, float) and isinstance(b, float) and a != a and b != b:
         return True
     return a is b or (type(a) is type(b) and bool(a == b))

@@ -9,6 +9,7 @@ were repeated, element i is of class ``i // group``. -1 stands for padding, whic
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -50,7 +51,7 @@ class Split:
 
 Dim: TypeAlias = int | Split
 
-_MADE: dict[tuple[Any, ...], Split] = {}
+_MADE: weakref.WeakValueDictionary[tuple[Any, ...], Split] = weakref.WeakValueDictionary()
 
 
 def placed(size: int, held: Sequence[Array], classes: Array | None = None) -> Dim:
@@ -61,11 +62,10 @@ def placed(size: int, held: Sequence[Array], classes: Array | None = None) -> Di
     if all(h.size == size and np.array_equal(h, whole) for h in held):
         return size
     key = (size, None if classes is None else classes.tobytes(), tuple(h.tobytes() for h in held))
-    if key not in _MADE:
-        if len(_MADE) > 4096:  # equal dimensions of one proof are met again and again, others not
-            _MADE.clear()
-        _MADE[key] = Split(size, tuple(held), classes)
-    return _MADE[key]
+    known = _MADE.get(key)
+    if known is None:
+        known = _MADE[key] = Split(size, tuple(held), classes)
+    return known
 
 
 def _numbered(classes: Array, held: Sequence[Array]) -> tuple[Array | None, list[Array]]:
@@ -104,7 +104,7 @@ def local_size(dim: Dim, rank: int) -> int:
     return dim if isinstance(dim, int) else dim.held[rank].size
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=512)
 def joint(a: Dim, b: Dim) -> Dim | None:
     """What is held of one dimension, known from two operands; None where they contradict.
 
@@ -222,7 +222,7 @@ def _runs(held: Array) -> str:
     return "+".join(runs[:4]) + ("+..." if len(runs) > 4 else "")
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=1024)
 def layout_positions(layout: Layout, size: int, coordinate: int) -> Array:
     """The elements of a dimension of this size that a layout gives the rank at ``coordinate``.
 

@@ -22,11 +22,19 @@ from autoshard import ops
 from autoshard.analysis import AUTOCAST
 from autoshard.errors import UnsoundGraphError
 from autoshard.layouts import Layout
-from autoshard.proof.calls import Calls, bound
+from autoshard.proof.calls import Calls, bound, same
 from autoshard.proof.collectives import LOOKUPS, SIMPLE
 from autoshard.proof.held import OUTSIDE, Held, Known, Number, Several
 from autoshard.proof.moves import moves
-from autoshard.proof.placements import Dim, Unproven, layout_positions, local_size, placed
+from autoshard.proof.placements import (
+    Dim,
+    Split,
+    Unproven,
+    held_by,
+    layout_positions,
+    local_size,
+    placed,
+)
 from autoshard.proof.sizes import Sizes
 from autoshard.rules import where
 from autoshard.sharded import Sharded, SplitOutput
@@ -81,6 +89,7 @@ class Proof:
         self.known: dict[fx.Node, Known] = {}
         self.groups: dict[fx.Node, int] = {}
         self.drawn: set[fx.Node] = set()
+        self.made: set[fx.Node] = set()
 
     def run(self) -> None:
         """Raises UnsoundGraphError at the first node where the proof fails."""
@@ -109,6 +118,11 @@ class Proof:
                 f"the rewritten graph uses groups of {sorted(used)} ranks, declared are "
                 f"{sorted(self.sharded.degrees)}"
             )
+        for model in self.order:
+            if _writes(model) and model not in self.made:
+                raise UnsoundGraphError(
+                    f"the rewritten graph leaves out {model} ({where(model)}), which writes in place"
+                )
         if next(given, None) is not None:
             raise UnsoundGraphError("the rewritten graph has fewer inputs than the original")
 
@@ -157,7 +171,7 @@ class Proof:
                 _leaves(known, split, place)
             else:
                 number = old.meta.get("val") if isinstance(old, fx.Node) else old
-                if not isinstance(known, Number) or not _equal(known.value, self.sizes.number(number)):
+                if not isinstance(known, Number) or not same(known.value, self.sizes.number(number)):
                     raise Unproven(f"output {place} is {known}, the original's is {old}")
 
     # -- calls ---------------------------------------------------------------------------------
@@ -343,6 +357,7 @@ class Proof:
         flows = any(h.gradient for h in operands.values()) and model.target not in STOPS
         value = model.meta.get("val")
         self._randomness(call, model, own, degree, result.outputs)
+        self.made.add(model)
         if isinstance(value, torch.Tensor):
             assert result.outputs[0] is not None
             times = None if result.times is None else result.times / scale
@@ -422,9 +437,11 @@ def _leaves(known: Held, split: SplitOutput | None, place: int) -> None:
     step = -(-split.size // split.degree)
     shares = [np.arange(min(r * step, split.size), min((r + 1) * step, split.size))
               for r in range(split.degree)]  # fmt: skip
-    wanted = placed(split.size, shares)
+    dim = known.dims[split.dim]
     others = [d for i, d in enumerate(known.dims) if i != split.dim]
-    if known.dims[split.dim] is not wanted or not all(isinstance(d, int) for d in others):
+    equal = isinstance(dim, Split) and dim.classes is None and dim.size == split.size
+    equal = equal and all(np.array_equal(held_by(dim, r), share) for r, share in enumerate(shares))
+    if not equal or not all(isinstance(d, int) for d in others):
         raise Unproven(f"output {place} is {known}, declared as equal parts of dimension {split.dim}")
 
 
@@ -457,6 +474,8 @@ def _operands(own: Any, said: Any, bias: str | None) -> dict[tuple[str, int | No
             raise Unproven(f"needs {model} as {slot[0]}, has {given}")
         if tensor:
             found[slot] = mine
+        elif not same(mine, model):
+            raise Unproven(f"needs {model} in {slot[0]}, has {mine}")
 
     for name, model in said.items():
         if name == bias:
@@ -505,12 +524,12 @@ def _is_random(target: Any, arguments: Mapping[str, Any]) -> bool:
     return torch.Tag.nondeterministic_seeded in target.tags
 
 
+def _writes(node: fx.Node) -> bool:
+    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+
+
 def _floats(value: Any) -> bool:
     return isinstance(value, torch.Tensor) and (value.is_floating_point() or value.is_complex())
-
-
-def _equal(a: Any, b: Any) -> bool:
-    return a is b or (type(a) is type(b) and bool(a == b)) or (_is_number(a) and a == b)
 
 
 def _may_be_overwritten(node: Any) -> None:
