@@ -85,9 +85,11 @@ def _made(
 def removed(sharded: Sharded) -> Iterator[Fault]:
     """Each collective or local part left out."""
     for node in _calls(sharded, *CALLS):
+
         def change(site: Site) -> None:
             site.node.replace_all_uses_with(site.node.args[0])
             site.graph.erase_node(site.node)
+
         yield _made("removed", sharded, node, f"without {node.target.__name__}", change)
 
 
@@ -97,19 +99,23 @@ def bypassed(sharded: Sharded) -> Iterator[Fault]:
         for index, user in enumerate(node.users):
             if len(node.users) < 2 or user.op == "output":
                 continue
+
             def change(site: Site, index: int = index) -> None:
                 list(site.node.users)[index].replace_input_with(site.node, site.node.args[0])
+
             yield _made("bypassed", sharded, node, f"not used by {user}", change)
 
 
 def duplicated(sharded: Sharded) -> Iterator[Fault]:
     """Each collective twice."""
     for node in _calls(sharded, ops.copy, ops.reduce, ops.leave, ops.gather, shares.weighed):
+
         def change(site: Site) -> None:
             users = list(site.node.users)
             new = site.insert(site.node.target, (site.node, *site.node.args[1:]), site.node)
             for user in users:
                 user.replace_input_with(site.node, new)
+
         yield _made("duplicated", sharded, node, f"{node.target.__name__} twice", change)
 
 
@@ -120,10 +126,12 @@ def swapped(sharded: Sharded) -> Iterator[Fault]:
         for other in (ops.copy, ops.reduce, ops.leave, ops.gather, ops.scatter):
             if other is node.target:
                 continue
+
             def change(site: Site, other: Any = other, group: str = group) -> None:
                 named = next(n for n in site.graph.nodes if n.name == group)
                 dim = (0,) if other in (ops.gather, ops.scatter) else ()
                 site.node.target, site.node.args = other, (site.node.args[0], *dim, named)
+
             yield _made("swapped", sharded, node, f"{other.__name__}", change)
 
 
@@ -135,6 +143,7 @@ def moved_later(sharded: Sharded) -> Iterator[Fault]:
             continue
         if users[0].target not in (aten.add.Tensor, aten.mul.Tensor, ops.with_stream):
             continue
+
         def change(site: Site) -> None:
             user = next(iter(site.node.users))
             users = list(user.users)
@@ -143,6 +152,7 @@ def moved_later(sharded: Sharded) -> Iterator[Fault]:
             for later in users:
                 later.replace_input_with(user, new)
             site.graph.erase_node(site.node)
+
         yield _made("moved", sharded, node, f"after {users[0]}", change)
 
 
@@ -156,9 +166,11 @@ def other_group(sharded: Sharded) -> Iterator[Fault]:
                 continue
             degree = int(str(group.target)[2:])
             for other in {1, 2, 4, 8, *sharded.degrees} - {degree}:
+
                 def change(site: Site, group: fx.Node = group, other: int = other) -> None:
                     old = next(n for n in site.graph.nodes if n.name == group.name)
                     site.node.replace_input_with(old, site.group(other))
+
                 yield _made("group", sharded, node, f"{degree} ranks -> {other}", change)
 
 
@@ -169,14 +181,18 @@ def other_numbers(sharded: Sharded) -> Iterator[Fault]:
             continue
         for place, _ in _numbers(node.args):
             for step in (1, -1):
+
                 def change(site: Site, place: Any = place, step: int = step) -> None:
                     site.node.args = _stepped(site.node.args, place, step)
+
                 yield _made("number", sharded, node, f"argument {place} {step:+d}", change)
         for key, value in node.kwargs.items():
             if isinstance(value, int | float):
+
                 def change_kwarg(site: Site, key: str = key, value: Any = value) -> None:
                     new = not value if isinstance(value, bool) else value * 2 + 1
                     site.node.kwargs = {**site.node.kwargs, key: new}
+
                 yield _made("number", sharded, node, f"{key} changed", change_kwarg)
 
 
@@ -203,9 +219,11 @@ def exchanged(sharded: Sharded) -> Iterator[Fault]:
             continue
         given = [n for n in node.all_input_nodes if n.op != "get_attr"]
         for a, b in zip(given, given[1:], strict=False):
+
             def change(site: Site, a: str = a.name, b: str = b.name) -> None:
                 x, y = (next(n for n in site.graph.nodes if n.name == s) for s in (a, b))
                 site.node.args = fx.map_arg(site.node.args, lambda n: {x: y, y: x}.get(n, n))
+
             if node.target not in (aten.add.Tensor, aten.mul.Tensor, operator.mul, operator.add):
                 yield _made("exchanged", sharded, node, f"{a} and {b}", change)
 
@@ -218,9 +236,11 @@ def another_operand(sharded: Sharded) -> Iterator[Fault]:
             for operand in node.all_input_nodes:
                 others = [n for n in earlier.get(_kind(operand), []) if n is not operand]
                 for other in others[-2:]:
+
                     def change(site: Site, a: str = operand.name, b: str = other.name) -> None:
                         x, y = (next(n for n in site.graph.nodes if n.name == s) for s in (a, b))
                         site.node.replace_input_with(x, y)
+
                     yield _made("operand", sharded, node, f"{other} for {operand}", change)
         if node.op in ("placeholder", "call_function"):
             earlier.setdefault(_kind(node), []).append(node)
@@ -235,8 +255,10 @@ def _kind(node: fx.Node) -> Any:
 def without_stream(sharded: Sharded) -> Iterator[Fault]:
     """Random operators that draw from no stream."""
     for node in _calls(sharded, ops.with_stream):
+
         def change(site: Site) -> None:
             site.node.target, site.node.args = site.node.args[1], site.node.args[2:]
+
         yield _made("stream", sharded, node, "no stream", change)
 
 
@@ -251,8 +273,10 @@ def other_layouts(sharded: Sharded) -> Iterator[Fault]:
         found |= {" | ".join([*parts[1:], parts[0]]), "·".join([*factors[1:], factors[0]])}
         found |= {text.replace("/2", "/2@2", 1), text.replace("/4", "/4@2", 1)}
         for other in sorted(found - {text}):
+
             def change(site: Site, other: str = other) -> None:
                 site.node.args = (*site.node.args[:2], other, *site.node.args[3:])
+
             yield _made("layout", sharded, node, f"{text} -> {other}", change)
 
 
@@ -262,6 +286,7 @@ def bias_on_every_rank(sharded: Sharded) -> Iterator[Fault]:
         later = [n for n in node.users if n.target is aten.add.Tensor]
         if not later or "_add" not in later[0].name:
             continue
+
         def change(site: Site) -> None:
             (add,) = site.node.users
             partial, bias = site.node.args[0], add.args[1]
@@ -269,18 +294,23 @@ def bias_on_every_rank(sharded: Sharded) -> Iterator[Fault]:
             site.node.args = (new, *site.node.args[1:])
             add.replace_all_uses_with(site.node)
             site.graph.erase_node(add)
+
         yield _made("bias", sharded, node, "added on every rank", change)
+
         def twice(site: Site) -> None:
             (add,) = site.node.users
             users = list(add.users)
             new = site.insert(aten.add.Tensor, (add, add.args[1]), add)
             for user in users:
                 user.replace_input_with(add, new)
+
         yield _made("bias", sharded, node, "added twice", twice)
+
         def never(site: Site) -> None:
             (add,) = site.node.users
             add.replace_all_uses_with(site.node)
             site.graph.erase_node(add)
+
         yield _made("bias", sharded, node, "never added", never)
 
 
@@ -288,10 +318,12 @@ def scaled(sharded: Sharded) -> Iterator[Fault]:
     """A partial sum, or a value that enters, scaled."""
     for node in _calls(sharded, ops.reduce, ops.copy):
         for factor in (2, 0.5):
+
             def change(site: Site, factor: float = factor) -> None:
                 source = site.node.args[0]
                 new = site.insert(aten.mul.Tensor, (source, factor), source)
                 site.node.args = (new, *site.node.args[1:])
+
             if node.args[0].op != "placeholder":
                 yield _made("scaled", sharded, node, f"by {factor}", change)
 
@@ -333,10 +365,12 @@ def _size(layout: Layout) -> int:
 def segments_exchanged(sharded: Sharded) -> Iterator[Fault]:
     """Results of a split taken in another order."""
     for node in _calls(sharded, operator.getitem):
+
         def change(site: Site) -> None:
             source, index = site.node.args
             items = sorted({u.args[1] for u in source.users if u.target is operator.getitem})
             site.node.args = (source, items[(items.index(index) + 1) % len(items)])
+
         if len([u for u in node.args[0].users if u.target is operator.getitem]) > 1:
             yield _made("segments", sharded, node, "the next one", change)
 

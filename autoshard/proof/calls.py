@@ -9,10 +9,13 @@ from typing import Any
 import torch
 from torch import fx
 
+from autoshard.proof.arguments import bound, same
 from autoshard.proof.held import Held
-from autoshard.proof.moves import concatenated, moved, moves, overwritten, reshaped, view_sizes
+from autoshard.proof.joins import concatenated, overwritten
+from autoshard.proof.moves import moved, moves
 from autoshard.proof.placements import Dim, Unproven, disjoint, local_size, size_of
 from autoshard.proof.rows import Given, Slot, computed
+from autoshard.proof.views import reshaped, view_sizes
 
 aten = torch.ops.aten
 ShapeOf = Callable[[torch.Tensor], tuple[int, ...]]
@@ -77,9 +80,7 @@ class Calls:
             tuple(h.dims for h in operands.values()),
         )  # fmt: skip
         if key not in self._known:
-            self._known[key] = self._infer(
-                target, model, own, said, operands, degree, shape_of, bias
-            )
+            self._known[key] = self._infer(target, model, own, said, operands, degree, shape_of, bias)
         return self._known[key]
 
     def _infer(
@@ -151,22 +152,6 @@ def _moved(
     return moved((model.target, said), [(target, own)] * degree, x)
 
 
-def bound(target: Any, args: Any, kwargs: Any) -> dict[str, Any]:
-    """Arguments by the names of an operator's schema, defaults filled in; of others by position."""
-    if not isinstance(target, torch._ops.OpOverload):
-        return {**{f"argument {i}": a for i, a in enumerate(args)}, **kwargs}
-    schema = target._schema.arguments
-    if len(args) > len(schema) or set(kwargs) - {a.name for a in schema}:
-        raise Unproven("is given arguments that it does not have")
-    result = {a.name: a.default_value for a in schema if a.has_default_value()}
-    result.update(zip((a.name for a in schema), args, strict=False))
-    result.update(kwargs)
-    missing = [a.name for a in schema if a.name not in result]
-    if missing:
-        raise Unproven(f"is not given {missing}")
-    return {a.name: result[a.name] for a in schema}
-
-
 def _names(operands: Mapping[Slot, Held]) -> set[str]:
     return {name for name, _ in operands}
 
@@ -174,12 +159,3 @@ def _names(operands: Mapping[Slot, Held]) -> set[str]:
 def _shapes(value: Any, shape_of: ShapeOf) -> tuple[tuple[int, ...] | None, ...]:
     values = value if isinstance(value, list | tuple) else [value]
     return tuple(shape_of(v) if isinstance(v, torch.Tensor) else None for v in values)
-
-
-def same(a: Any, b: Any) -> bool:
-    """Whether two arguments say the same: equal, and of one type."""
-    if isinstance(a, list | tuple) and isinstance(b, list | tuple):
-        return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b, strict=True))
-    if isinstance(a, float) and isinstance(b, float) and a != a and b != b:
-        return True
-    return a is b or (type(a) is type(b) and bool(a == b))

@@ -29,6 +29,7 @@ import torch
 from torch import fx
 
 from autoshard import ops, shares
+from autoshard.proof.cuts import layout_of, layout_positions
 from autoshard.proof.held import OUTSIDE, Held
 from autoshard.proof.placements import (
     LARGEST,
@@ -38,8 +39,6 @@ from autoshard.proof.placements import (
     Unproven,
     classes_of,
     held_by,
-    layout_of,
-    layout_positions,
     local_size,
     placed,
     size_of,

@@ -129,9 +129,7 @@ def computed(
     if any(axis not in summed for axis in weighed):
         raise Unproven("a weighed dimension is not summed over")
     split = [a for a in summed if isinstance(shares.get(a), Split) or a in weighed]
-    result = [
-        None if d is None else tuple(_product(shares, atoms) for atoms in d) for d in outputs
-    ]
+    result = [None if d is None else tuple(_product(shares, atoms) for atoms in d) for d in outputs]
     if not split:
         return Computed(tuple(result), None, _groups(call, shares))
     for slot in call.added_once:

@@ -7,37 +7,37 @@ placement of what the model computes.
 
 from __future__ import annotations
 
-import inspect
 import operator
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from typing import Any
 
-import numpy as np
 import torch
 from torch import fx
 
 from autoshard import ops
 from autoshard.analysis import AUTOCAST
 from autoshard.errors import UnsoundGraphError
-from autoshard.layouts import Layout
-from autoshard.proof.calls import Calls, bound, same
+from autoshard.proof.arguments import (
+    bound,
+    by_name,
+    floats,
+    is_number,
+    is_random,
+    number_of,
+    operands_of,
+    same,
+    writes,
+)
+from autoshard.proof.border import leaves, may_be_overwritten, may_meet, stored
+from autoshard.proof.calls import Calls
 from autoshard.proof.collectives import LOOKUPS, SIMPLE
 from autoshard.proof.held import OUTSIDE, Held, Known, Number, Several
 from autoshard.proof.moves import moves
-from autoshard.proof.placements import (
-    Dim,
-    Split,
-    Unproven,
-    held_by,
-    layout_positions,
-    local_size,
-    placed,
-)
+from autoshard.proof.placements import Dim, Unproven
 from autoshard.proof.sizes import Sizes
 from autoshard.rules import where
-from autoshard.sharded import Sharded, SplitOutput
+from autoshard.sharded import Sharded
 
 aten = torch.ops.aten
 
@@ -52,7 +52,6 @@ UNBIASED: dict[Any, tuple[Any, dict[str, str], str]] = {
 }
 # What following a call with arguments that it cannot have may raise.
 SENSELESS = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
-NUMBERS = ("operator", "_operator", "math", "torch")
 STOPS = {
     aten.detach.default,
     aten.zeros_like.default,
@@ -119,7 +118,7 @@ class Proof:
                 f"{sorted(self.sharded.degrees)}"
             )
         for model in self.order:
-            if _writes(model) and model not in self.made:
+            if writes(model) and model not in self.made:
                 raise UnsoundGraphError(
                     f"the rewritten graph leaves out {model} ({where(model)}), which writes in place"
                 )
@@ -153,7 +152,7 @@ class Proof:
         if not 0 <= dim < len(shape):
             raise Unproven(f"is stored split along dimension {dim} of {list(shape)}")
         dims: list[Dim] = list(shape)
-        dims[dim] = _stored(layout, shape[dim], degree)
+        dims[dim] = stored(layout, shape[dim], degree)
         return Held(model, tuple(dims), degree, gradient)
 
     def _output(self, node: fx.Node) -> None:
@@ -168,7 +167,7 @@ class Proof:
             if isinstance(known, Held):
                 if known.of is not old:
                     raise Unproven(f"output {place} is {known.of}, the original's is {old}")
-                _leaves(known, split, place)
+                leaves(known, split, place)
             else:
                 number = old.meta.get("val") if isinstance(old, fx.Node) else old
                 if not isinstance(known, Number) or not same(known.value, self.sizes.number(number)):
@@ -221,7 +220,7 @@ class Proof:
             return self._collective(call)
         args = self._value(call.args)
         kwargs = {k: self._value(v) for k, v in call.kwargs.items()}
-        number = _number(target, args, kwargs)
+        number = number_of(target, args, kwargs)
         if number is not None:
             return number
         continued = self._continued(call, args, kwargs)
@@ -255,12 +254,8 @@ class Proof:
         raise Unproven(f"is item {index} of {source.of}, which the original does not take here")
 
     def _collective(self, call: Call) -> Known:
-        arguments = {
-            name: self._value(value)
-            for name, value in _signature(call.target).bind(*call.args, **call.kwargs).arguments.items()
-        }
-        for name, default in _defaults(call.target).items():
-            arguments.setdefault(name, default)
+        given = by_name(call.target, call.args, call.kwargs)
+        arguments = {name: self._value(value) for name, value in given.items()}
         if "group" in arguments and not any(
             isinstance(a, fx.Node) and a in self.groups for a in (*call.args, *call.kwargs.values())
         ):
@@ -279,7 +274,7 @@ class Proof:
         if not isinstance(x, Held):
             raise Unproven(f"needs a tensor, has {x}")
         if arguments.get("inplace"):
-            _may_be_overwritten(call.args[0])
+            may_be_overwritten(call.args[0])
         return SIMPLE[call.target](**arguments)
 
     def _continued(self, call: Call, args: Any, kwargs: Any) -> Held | None:
@@ -288,7 +283,7 @@ class Proof:
         if not isinstance(x, Held):
             return None
         if x.times is not None:
-            if call.target is aten.mul.Tensor and len(args) == 2 and _is_number(args[1]) and not kwargs:
+            if call.target is aten.mul.Tensor and len(args) == 2 and is_number(args[1]) and not kwargs:
                 return replace(x, times=x.times * args[1])
             raise Unproven("needs a finished value: reduce it first")
         if x.pending:
@@ -343,12 +338,12 @@ class Proof:
                 own = {names.get(k, k): v for k, v in own.items()}
                 own.update({k: said[k] for k in ("alpha", "beta") if k in said})
                 own[slot] = None
-        operands = _operands(own, said, bias)
+        operands = operands_of(own, said, bias)
         inside = {h.inside for h in operands.values()} - {OUTSIDE}
         if len(inside) > 1:
             raise Unproven("meets values inside groups of " + " and of ".join(map(str, sorted(inside))))
         degree = inside.pop() if inside else OUTSIDE
-        _may_meet(operands.values(), degree)
+        may_meet(operands.values(), degree)
         result = self.calls.results(
             call.target, model, own, said, operands, degree, self.sizes.shape, bias
         )
@@ -361,13 +356,13 @@ class Proof:
         if isinstance(value, torch.Tensor):
             assert result.outputs[0] is not None
             times = None if result.times is None else result.times / scale
-            gradient = flows and _floats(value)
+            gradient = flows and floats(value)
             return Held(model, result.outputs[0], degree, gradient, times, bias is not None)
         if isinstance(value, list | tuple):
             if result.times is not None:
                 raise Unproven("gives several partial sums")
             items = tuple(
-                None if dims is None else Held(model, dims, degree, flows and _floats(v))
+                None if dims is None else Held(model, dims, degree, flows and floats(v))
                 for v, dims in zip(value, result.outputs, strict=True)
             )
             return Several(model, items)
@@ -375,10 +370,8 @@ class Proof:
             raise Unproven("makes a number of what is inside a group")
         return Number(self.sizes.number(value))
 
-    def _randomness(
-        self, call: Call, model: fx.Node, own: Any, degree: int, outputs: Any
-    ) -> None:
-        if not _is_random(model.target, own):
+    def _randomness(self, call: Call, model: fx.Node, own: Any, degree: int, outputs: Any) -> None:
+        if not is_random(model.target, own):
             return
         if model in self.drawn:
             raise Unproven(f"draws the random numbers of {model} once more")
@@ -399,52 +392,6 @@ class Proof:
             raise Unproven("draws different random numbers for elements that several ranks hold")
 
 
-@lru_cache(maxsize=1024)
-def _stored(layout: Layout, size: int, degree: int) -> Dim:
-    held = [layout_positions(layout, size, r) for r in range(degree)]
-    if not np.array_equal(np.sort(np.concatenate(held)), np.arange(size)):
-        raise Unproven(f"is stored as {layout}: not every element by exactly one of {degree} ranks")
-    return placed(size, held)
-
-
-def _may_meet(operands: Collection[Held], degree: int) -> None:
-    """Operands are finished, and those that a gradient can flow to stand on one side."""
-    for held in operands:
-        if held.inside == OUTSIDE and held.is_split:
-            raise Unproven(f"needs {held.of} in the model's order, it is as it was gathered")
-        if not replace(held, weighed=None).is_plain:
-            finish = "reduce it first" if held.times is not None else "finish it first"
-            raise Unproven(f"needs a finished value, has {held}: {finish}")
-    for held in operands:
-        if held.inside == OUTSIDE and degree != OUTSIDE and held.gradient:
-            raise Unproven(
-                f"{held.of} is outside and meets a group of {degree} without copy: its gradient would "
-                "be one rank's part of the sum; it needs ops.copy"
-            )
-
-
-def _leaves(known: Held, split: SplitOutput | None, place: int) -> None:
-    if not known.is_plain:
-        raise Unproven(f"output {place} is {known}")
-    if split is None:
-        if known.inside != OUTSIDE:
-            raise Unproven(f"output {place} is {known}; it needs a gather or leave")
-        if known.is_split:
-            raise Unproven(f"output {place} is {known}; it needs the model's order")
-        return
-    if known.inside != split.degree or not 0 <= split.dim < len(known.dims):
-        raise Unproven(f"output {place} is {known}, declared split over {split.degree} ranks")
-    step = -(-split.size // split.degree)
-    shares = [np.arange(min(r * step, split.size), min((r + 1) * step, split.size))
-              for r in range(split.degree)]  # fmt: skip
-    dim = known.dims[split.dim]
-    others = [d for i, d in enumerate(known.dims) if i != split.dim]
-    equal = isinstance(dim, Split) and dim.classes is None and dim.size == split.size
-    equal = equal and all(np.array_equal(held_by(dim, r), share) for r, share in enumerate(shares))
-    if not equal or not all(isinstance(d, int) for d in others):
-        raise Unproven(f"output {place} is {known}, declared as equal parts of dimension {split.dim}")
-
-
 def _degree(node: fx.Node) -> int:
     name = str(node.target)
     if not name.startswith("tp") or not name[2:].isdigit():
@@ -461,99 +408,3 @@ def _may_be(target: Any, model: fx.Node) -> bool:
         return True
     family = moves(target)
     return family is not None and family == moves(model.target)
-
-
-def _operands(own: Any, said: Any, bias: str | None) -> dict[tuple[str, int | None], Held]:
-    """The tensors given, by argument; each must be a share of the one that the model is given."""
-    found: dict[tuple[str, int | None], Held] = {}
-
-    def visit(slot: tuple[str, int | None], mine: Any, model: Any) -> None:
-        tensor = isinstance(model, fx.Node)
-        if tensor != isinstance(mine, Held) or (tensor and mine.of is not model):
-            given = mine.of if isinstance(mine, Held) else mine
-            raise Unproven(f"needs {model} as {slot[0]}, has {given}")
-        if tensor:
-            found[slot] = mine
-        elif not same(mine, model):
-            raise Unproven(f"needs {model} in {slot[0]}, has {mine}")
-
-    for name, model in said.items():
-        if name == bias:
-            continue
-        mine = own.get(name)
-        if isinstance(model, list | tuple) and any(isinstance(m, fx.Node) for m in model):
-            if not isinstance(mine, list | tuple) or len(mine) != len(model):
-                raise Unproven(f"needs {len(model)} tensors as {name}")
-            for index, (a, b) in enumerate(zip(mine, model, strict=True)):
-                visit((name, index), a, b)
-        elif isinstance(model, fx.Node) or isinstance(mine, Held):
-            visit((name, None), mine, model)
-    if any(isinstance(v, Held) for k, v in own.items() if k not in said):
-        raise Unproven("is given a tensor that the original is not given")
-    return found
-
-
-def _number(target: Any, args: Any, kwargs: Any) -> Number | None:
-    """A size, or what is computed of sizes."""
-    if target is aten.sym_size.int and isinstance(args[0], Held):
-        ranks = range(max(1, args[0].inside))
-        sizes = {local_size(args[0].dims[args[1]], r) for r in ranks}
-        if len(sizes) != 1:
-            raise Unproven("is a size that differs among ranks")
-        if not replace(args[0], times=None, pending=False, weighed=None).is_plain:
-            raise Unproven("is a size of an unfinished value")
-        return Number(sizes.pop())
-    if isinstance(target, torch._ops.OpOverload):
-        return None
-    if getattr(target, "__module__", None) not in NUMBERS:
-        return None
-    if not args or kwargs or not all(_is_number(a) for a in args):
-        return None
-    return Number(target(*args))
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float | bool) and not isinstance(value, Held)
-
-
-def _is_random(target: Any, arguments: Mapping[str, Any]) -> bool:
-    if not isinstance(target, torch._ops.OpOverload):
-        return False
-    if target is aten.scaled_dot_product_attention.default:
-        return bool(arguments.get("dropout_p"))
-    return torch.Tag.nondeterministic_seeded in target.tags
-
-
-def _writes(node: fx.Node) -> bool:
-    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
-
-
-def _floats(value: Any) -> bool:
-    return isinstance(value, torch.Tensor) and (value.is_floating_point() or value.is_complex())
-
-
-def _may_be_overwritten(node: Any) -> None:
-    """A sum in place overwrites what it is given: nothing else may use it, nor what it is a view of."""
-    target = node.target
-    if target in (ops.with_stream, ops.with_autocast):
-        target = next(a for a in node.args if isinstance(a, torch._ops.OpOverload))
-    makes = target is ops.vocab_embedding or (
-        isinstance(target, torch._ops.OpOverload)
-        and all(r.alias_info is None for r in target._schema.returns)
-    )
-    if len(node.users) != 1 or not makes:
-        raise Unproven(f"overwrites {node}, which something else uses or which is a view")
-
-
-@lru_cache(maxsize=64)
-def _signature(function: Any) -> inspect.Signature:
-    return inspect.signature(function)
-
-
-@lru_cache(maxsize=64)
-def _defaults(function: Any) -> dict[str, Any]:
-    parameters = _signature(function).parameters.values()
-    return {p.name: p.default for p in parameters if p.default is not inspect.Parameter.empty}
-
-
-
