@@ -302,6 +302,31 @@ def test_weights_of_a_sum() -> None:
     assert scales
 
 
+class Dropped(nn.Module):
+    """One key head for all queries, repeated, then dropped: each repeated head has a mask of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.o = nn.Linear(32, 32), nn.Linear(32, 8), nn.Linear(32, 32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, length, _ = x.shape
+        q = self.q(x).view(batch, length, 4, 8).transpose(1, 2)
+        k = self.k(x).view(batch, length, 1, 8).transpose(1, 2).expand(batch, 4, length, 8)
+        a = F.scaled_dot_product_attention(q, F.dropout(k, 0.1, self.training), k)
+        out: Tensor = self.o(a.transpose(1, 2).reshape(batch, length, 32))
+        return out
+
+
+def test_repeated_heads_are_told_apart_by_dropout() -> None:
+    """Equal elements before it, not after it; alike on all ranks they would have one mask."""
+    tried = made(Dropped(), {"x": torch.randn(3, 5, 32)}, 4)
+    (drawn,) = names(tried, ops.with_stream)
+    wrong = changed(tried, drawn, lambda site: setattr(
+        site.node, "args", (site.group(1), *site.node.args[1:])))  # fmt: skip
+    assert f"it is not at {drawn} (" in tried.refusal(wrong)
+
+
 class Squared(nn.Module):
     """Batch and sequence of one size in the example."""
 

@@ -195,6 +195,23 @@ def taken(dim: Dim, index: Array, local: Sequence[Array]) -> Dim:
     return placed(index.size, held, classes_of(dim)[index])
 
 
+def told_apart(dim: Dim) -> Dim:
+    """The dimension once each of its elements has been given random numbers of its own.
+
+    Equal elements differ from then on. Which of them a rank's position stands for is free, as none has
+    drawn yet; it is the next one of its class, in the order of ranks, and no two stand for the same.
+    """
+    if isinstance(dim, int) or dim.classes is None:
+        return dim
+    free = [list(np.flatnonzero(dim.classes == c)) for c in range(int(dim.classes.max()) + 1)]
+    if any((h < 0).any() for h in dim.held):
+        raise Unproven("draws random numbers for padding of repeated elements")
+    counts = np.bincount(np.concatenate(dim.held), minlength=len(free))
+    if any(count > len(elements) for count, elements in zip(counts, free, strict=True)):
+        raise Unproven("draws different random numbers for elements that several ranks hold")
+    return placed(dim.size, [np.array([free[c].pop(0) for c in h], np.int64) for h in dim.held])
+
+
 def disjoint(dims: Sequence[Dim]) -> bool:
     """Whether no two ranks hold the same element of a tensor with these dimensions."""
     return any(

@@ -34,7 +34,7 @@ from autoshard.proof.calls import Calls
 from autoshard.proof.collectives import LOOKUPS, SIMPLE
 from autoshard.proof.held import OUTSIDE, Held, Known, Number, Several
 from autoshard.proof.moves import moves
-from autoshard.proof.placements import Dim, Unproven
+from autoshard.proof.placements import Dim, Unproven, told_apart
 from autoshard.proof.sizes import Sizes
 from autoshard.rules import where
 from autoshard.sharded import Sharded
@@ -351,7 +351,10 @@ class Proof:
             raise Unproven("leaves the bias out of what is no partial sum")
         flows = any(h.gradient for h in operands.values()) and model.target not in STOPS
         value = model.meta.get("val")
-        self._randomness(call, model, own, degree, result.outputs)
+        if is_random(model.target, own):
+            outputs = tuple(d and tuple(map(told_apart, d)) for d in result.outputs)
+            result = replace(result, outputs=outputs)
+            self._draws(call, model, degree, outputs)
         self.made.add(model)
         if isinstance(value, torch.Tensor):
             assert result.outputs[0] is not None
@@ -370,9 +373,8 @@ class Proof:
             raise Unproven("makes a number of what is inside a group")
         return Number(self.sizes.number(value))
 
-    def _randomness(self, call: Call, model: fx.Node, own: Any, degree: int, outputs: Any) -> None:
-        if not is_random(model.target, own):
-            return
+    def _draws(self, call: Call, model: fx.Node, degree: int, outputs: Any) -> None:
+        """An element's random numbers are drawn once: by all alike, or by the one rank that has it."""
         if model in self.drawn:
             raise Unproven(f"draws the random numbers of {model} once more")
         self.drawn.add(model)
