@@ -303,7 +303,7 @@ def test_weights_of_a_sum() -> None:
 
 
 class Dropped(nn.Module):
-    """One key head for all queries, repeated, then dropped: each repeated head has a mask of its own."""
+    """One key head for all queries, repeated, then dropped: each copy has a mask of its own."""
 
     def __init__(self) -> None:
         super().__init__()
