@@ -1,7 +1,7 @@
 """The pipeline: what happens to a model, top to bottom.
 
 capture -> inline -> functionalize -> normalize -> assign_axes -> match
--> (workload -> costs, for degree="auto") -> assign_degrees -> shard -> check
+-> (workload -> costs, for degree="auto") -> assign_degrees -> shard -> prove
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from autoshard.analysis import Analysis
 from autoshard.capture import Captured, capture
 from autoshard.passes.assign_axes import assign_axes
 from autoshard.passes.assign_degrees import Request
-from autoshard.passes.check import check
 from autoshard.passes.decompose_norms import decompose_norms, fuse_unsplit
 from autoshard.passes.functionalize import functionalize
 from autoshard.passes.inline import inline
 from autoshard.passes.match import match
 from autoshard.passes.match_alone import match_alone
 from autoshard.passes.normalize import normalize
+from autoshard.passes.prove import prove
 from autoshard.passes.shard import shard
 from autoshard.planning import Costs, planned
 from autoshard.plans import Plan
@@ -118,20 +118,20 @@ def rewrite(
     costs: Costs | None = None,
     uniform: bool = False,
 ) -> tuple[Plan, Sharded]:
-    """Decide the degrees, write the rank's graph, and check it.
+    """Decide the degrees, write the rank's graph, and prove it.
 
     Args:
         costs: for ``request="auto"``, and for what the plan says of time and memory.
         uniform: ``"auto"`` takes the degrees 1 and ``tp`` only.
     """
     analysis = program.analysis
-    with Stages(program.seconds, ("plan", "shard", "check")) as stages:
+    with Stages(program.seconds, ("plan", "shard", "prove")) as stages:
         with stages.stage("plan"):
             plan, assignment = planned(analysis, tp, request, costs, uniform)
         with stages.stage("shard"):
             sharded = shard(analysis.graph, analysis.axes, assignment, keep_split)
-        with stages.stage("check"):
+        with stages.stage("prove"):
             flows = analysis.axes.differentiable
             inputs = {str(n.target) for n in flows if n.op == "placeholder"}
-            check(sharded, inputs)
+            prove(analysis.graph, sharded, inputs)
     return plan, sharded

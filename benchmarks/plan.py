@@ -30,7 +30,7 @@ from typing import Any
 
 VOCABULARY, SEQUENCE, BATCH = 51200, 1024, 2
 CAPTURE = "capture"
-STAGES = (CAPTURE, "normalize", "axes", "match", "plan", "shard", "check")
+STAGES = (CAPTURE, "normalize", "axes", "match", "plan", "shard", "prove")
 
 Size = tuple[str, int, int, int]  # kind, layers, hidden, heads (arXiv 1909.08053, section 5)
 LAYERS: dict[str, Size] = {

@@ -65,5 +65,5 @@ def test_another_dtype_after_the_first_capture() -> None:
 
 def test_an_assignment_to_data_is_refused() -> None:
     """The capture could not follow it."""
-    with pytest.raises(CaptureError, match="assigns to a tensor's .data"):
+    with pytest.raises(CaptureError, match=r"assigns to a tensor's \.data"):
         autoshard.verify(Stateful(assigns=True), 2, (torch.randn(6, 8),))

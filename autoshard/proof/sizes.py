@@ -1,0 +1,61 @@
+"""Numbers for the symbols of a graph, so that the proof can count elements."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import sympy
+import torch
+from torch import fx
+
+
+class Sizes:
+    """Every symbolic size as a number: its example, times ``factor``.
+
+    The proof is made for two factors. What holds for one by accident (a size written as the number
+    that the example has) does not hold for the other; symbols that must be equal stay equal.
+    """
+
+    def __init__(self, graph: fx.Graph, factor: int) -> None:
+        self.factor = factor
+        self.values: dict[Any, int] = {}
+        self._known: dict[Any, Any] = {}
+        self._shapes: dict[int, tuple[int, ...]] = {}
+        self._kept: list[torch.Tensor] = []  # so that no id is given twice
+
+    def shape(self, value: torch.Tensor) -> tuple[int, ...]:
+        """A tensor's shape."""
+        key = id(value)
+        if key not in self._shapes:
+            self._kept.append(value)
+            self._shapes[key] = tuple(self.number(s) for s in value.shape)
+        return self._shapes[key]
+
+    def number(self, value: Any) -> Any:
+        """A number of the capture, symbolic or not."""
+        if not isinstance(value, torch.SymInt | torch.SymFloat | torch.SymBool):
+            return value
+        expression = value.node.expr
+        if expression not in self._known:
+            for symbol in expression.free_symbols:
+                self.values.setdefault(symbol, self._example(value, symbol) * self.factor)
+            found = expression.xreplace(
+                {s: sympy.Integer(self.values[s]) for s in expression.free_symbols}
+            )
+            self._known[expression] = _plain(found, value)
+        return self._known[expression]
+
+    @staticmethod
+    def _example(value: Any, symbol: sympy.Symbol) -> int:
+        environment = value.node.shape_env
+        known = getattr(environment, "backed_var_to_val", None) or environment.var_to_val
+        return int(known.get(symbol, 4))
+
+
+def _plain(expression: Any, value: Any) -> Any:
+    expression = sympy.sympify(expression)
+    if isinstance(value, torch.SymInt):
+        return int(expression)
+    if isinstance(value, torch.SymBool):
+        return bool(expression)
+    return float(expression)

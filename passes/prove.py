@@ -1,0 +1,49 @@
+"""Prove: recompute from nothing what every rank holds of every value, and refuse what does not follow.
+
+Takes the original graph, the rewritten one and how parameters are stored, and trusts nothing that the
+passes before concluded: neither axes, nor regions, nor names. For every value of the rewritten graph it
+derives which original value it is, which elements each rank holds, whether it is a partial sum, and
+what its gradient is; the rules are in ``autoshard/proof``.
+
+Before::
+
+    addmm_1 = aten.mm(view_6, c_proj.weight)
+    addmm_1_reduce = ops.reduce(addmm_1, tp2, True)
+    addmm_1_add = aten.add(addmm_1_reduce, c_proj.bias)
+
+Proven::
+
+    addmm_1         rank r: a partial sum of the original addmm_1 without its bias, inside 2 ranks
+    addmm_1_reduce  all of it on every rank; its gradient is whole
+    addmm_1_add     the original addmm_1
+
+After: the same graph.
+"""
+
+from __future__ import annotations
+
+from torch import fx
+
+from autoshard.proof.calls import Calls
+from autoshard.proof.walk import Proof
+from autoshard.sharded import Sharded
+
+FACTORS = (1, 3)  # symbolic sizes are their examples, and three times that
+
+
+def prove(graph: fx.Graph, sharded: Sharded, differentiable_inputs: set[str]) -> Sharded:
+    """Return the rewritten graph if it is proven to compute the original; else refuse it.
+
+    Args:
+        graph: the original, normalized.
+        sharded: the rank's graph, and how parameters and outputs lie on the ranks.
+        differentiable_inputs: placeholders that a gradient can flow to.
+
+    Raises:
+        UnsoundGraphError: names the first node where the proof fails, its layer, what is held there
+            and what is needed.
+    """
+    calls = Calls()
+    for factor in FACTORS:
+        Proof(graph, sharded, differentiable_inputs, factor, calls).run()
+    return sharded
