@@ -31,6 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 import transformers
 
+import autoshard
 from autoshard import Report, progress
 from autoshard.errors import AutoshardError, CaptureError
 from autoshard.inputs import normalized_inputs
@@ -262,6 +263,8 @@ def main() -> None:
     logging.disable(logging.ERROR)
     transformers.logging.set_verbosity_error()
     torch.set_num_threads(1)
+    warm = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Linear(8, 4))
+    autoshard.plan(warm, 2, (torch.ones(2, 4),))  # what torch.export imports, once for all
     chosen = architectures()
     part, parts = map(int, options.part.split("/"))
     chosen = chosen[part - 1 :: parts]
