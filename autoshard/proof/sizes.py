@@ -22,6 +22,24 @@ class Sizes:
         self._known: dict[Any, Any] = {}
         self._shapes: dict[int, tuple[int, ...]] = {}
         self._kept: list[torch.Tensor] = []  # so that no id is given twice
+        for node in graph.nodes:
+            if node.target is torch.ops.aten.split_with_sizes.default:
+                self._pieces(node)
+
+    def _pieces(self, node: fx.Node) -> None:
+        """Sizes that the data decide have no example: those of a split are made to add up."""
+        given: tuple[Any, ...] = (*node.args, 0)
+        source, sizes, dim = given[:3]
+        traced: list[Any] = [s.meta.get("val") if isinstance(s, fx.Node) else s for s in sizes]
+        if not all(isinstance(t, torch.SymInt) and t.node.expr.is_Symbol for t in traced):
+            return
+        missing = [t.node.expr for t in traced if not self._backed(t)]
+        if len(missing) < len(traced):
+            return
+        whole = self.shape(source.meta["val"])[dim]
+        for index, symbol in enumerate(missing):
+            first, last = (whole * i // len(missing) for i in (index, index + 1))
+            self.values.setdefault(symbol, last - first)
 
     def shape(self, value: torch.Tensor) -> tuple[int, ...]:
         """A tensor's shape."""
@@ -44,6 +62,13 @@ class Sizes:
             )
             self._known[expression] = _plain(found, value)
         return self._known[expression]
+
+    @staticmethod
+    def _backed(value: Any) -> bool:
+        """Whether a symbol stands for a size of the examples."""
+        environment = value.node.shape_env
+        known = getattr(environment, "backed_var_to_val", None) or environment.var_to_val
+        return value.node.expr in known
 
     @staticmethod
     def _example(value: Any, symbol: sympy.Symbol) -> int:
