@@ -38,7 +38,8 @@ class Experts(nn.Module):
         else:
             best, chosen = scores.topk(2, -1)
             gates = torch.zeros_like(scores).scatter(-1, chosen, best.softmax(-1))
-        y = self.loop(tokens, gates) if self.form == "loop" else self.batched(tokens, gates)
+        computed = {"loop": self.loop, "sorted": self.sorted}.get(self.form, self.batched)
+        y = computed(tokens, gates)
         out: Tensor = self.last(x + y.view_as(x) + self.shared(x))
         return out
 
@@ -58,8 +59,19 @@ class Experts(nn.Module):
         return out
 
 
+    def sorted(self, tokens: Tensor, gates: Tensor) -> Tensor:
+        """The same, each expert on its own tokens, as many as the data say."""
+        weights, chosen = gates.topk(2, -1)
+        order = chosen.flatten().argsort()
+        counts = F.one_hot(chosen.flatten(), EXPERTS).sum(0).tolist()
+        parts = tokens[order // 2].split(counts)
+        each = [F.gelu(part @ self.up[e]) @ self.down[e] for e, part in enumerate(parts)]
+        scaled = torch.cat(each) * weights.flatten()[order, None]
+        return torch.zeros_like(tokens).index_add(0, order // 2, scaled)
+
+
 @pytest.mark.parametrize("tp", [2, 4])
-@pytest.mark.parametrize("form", ["sigmoid", "soft", "top2", "loop"])
+@pytest.mark.parametrize("form", ["sigmoid", "soft", "top2", "loop", "sorted"])
 def test_experts_are_split(form: str, tp: int) -> None:
     """All but the router. Experts in one weight are split by experts: their sum is all-reduced once."""
     report = autoshard.verify(Experts(form), tp, (TOKENS,))
@@ -68,7 +80,7 @@ def test_experts_are_split(form: str, tp: int) -> None:
     assert shares["up"].degree == shares["down"].degree == tp
     assert {w.name.split(" ")[0] for w in report.plan.replicated} <= {"linear"}  # the router
     assert shares["router.weight"].degree == 1 or form == "sigmoid"  # whose experts are independent
-    if form != "loop":
+    if form not in ("loop", "sorted"):
         assert shares["up"].dim == shares["down"].dim == 0
     else:
         assert (shares["up"].dim, shares["down"].dim) == (2, 1)
