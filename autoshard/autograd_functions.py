@@ -19,7 +19,8 @@ from torch.utils import _pytree as pytree
 
 from autoshard.compat import autograd_functions_applied
 
-SCALES = (1e-2, 1.0, 3.0, 30.0)
+# A gradient may be clipped only where values are tiny or huge.
+SCALES = (1e-12, 1e-9, 1e-6, 1e-4, 1e-2, 1.0, 3.0, 30.0, 1e3, 1e6)
 
 
 @dataclass(frozen=True)

@@ -265,6 +265,23 @@ class Halved(torch.autograd.Function):
         return grad / 2
 
 
+class BoundedRoot(torch.autograd.Function):
+    """A square root whose gradient is bounded, which shows only where x is tiny."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        """The root."""
+        ctx.save_for_backward(x)
+        return x.sqrt()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        """At most 500."""
+        (x,) = ctx.saved_tensors
+        out: Tensor = grad / (4 * x).clamp(min=1e-6).sqrt()
+        return out
+
+
 class Swish(torch.autograd.Function):
     """x·sigmoid(x) with its derivative written out."""
 
@@ -298,7 +315,7 @@ def _called(function: Any) -> Callable[[Tensor], Tensor]:
     return lambda x: function.apply(x)
 
 
-@pytest.mark.parametrize("function", [Round, Halved])
+@pytest.mark.parametrize("function", [Round, Halved, BoundedRoot])
 @pytest.mark.parametrize("how", ["called", "stored"])
 def test_a_backward_that_is_no_derivative_is_refused(function: Any, how: str) -> None:
     """The capture would drop it: by name, also where ``f = Function.apply`` was stored before."""
