@@ -8,6 +8,7 @@ judged: called on real random tensors of several scales, are its gradients those
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import product
@@ -25,10 +26,12 @@ SCALES = (1e-12, 1e-9, 1e-6, 1e-4, 1e-2, 1.0, 3.0, 30.0, 1e3, 1e6)
 
 @dataclass(frozen=True)
 class Met:
-    """One call of an ``autograd.Function``: the class and its arguments, tensors as meta tensors."""
+    """One call of an ``autograd.Function``: the class, its arguments, tensors as meta tensors, and the
+    layer's class, file and line that calls it."""
 
     function: type[torch.autograd.Function]
     arguments: tuple[Any, ...]
+    place: str = ""
 
     @property
     def name(self) -> str:
@@ -119,13 +122,25 @@ def noticed() -> Iterator[list[Met]]:
 
     def notice(cls: Any, args: tuple[Any, ...]) -> None:
         if not cls.__module__.startswith("torch.") and cls not in met:
-            met[cls] = Met(cls, tuple(_described(a) for a in args))
+            met[cls] = Met(cls, tuple(_described(a) for a in args), _caller())
 
     try:
         with autograd_functions_applied(notice):
             yield found
     finally:
         found.extend(met.values())
+
+
+def _caller() -> str:
+    """``Attention.forward (model.py:57)``: the innermost layer of the model that is running."""
+    frame = inspect.currentframe()
+    while frame is not None:
+        layer = frame.f_locals.get("self")
+        file = frame.f_code.co_filename
+        if isinstance(layer, torch.nn.Module) and "/torch/" not in file:
+            return f"{type(layer).__name__}.{frame.f_code.co_name} ({file}:{frame.f_lineno})"
+        frame = frame.f_back
+    return "the model"
 
 
 def _described(value: Any) -> Any:

@@ -139,8 +139,8 @@ def capture(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     for function in functions:
         if not function.is_its_own_derivative():
             raise CaptureError(
-                f"the model calls its own autograd.Function {function.name}, whose backward is not "
-                "the derivative of its forward; the capture would drop it without a word. Register "
+                f"{function.place} calls its own autograd.Function {function.name}, whose backward is "
+                "not the derivative of its forward; the capture would drop it without a word. Register "
                 "it as an operator with torch.library.custom_op and register_autograd."
             )
     first = tied_names(model)
