@@ -64,7 +64,8 @@ def examine(architecture: Architecture, attention: str) -> Result:
             known = isinstance(error, AutoshardError)
             why = str(error) if known else f"{type(error).__name__}: {error}"
             captured = not isinstance(error, CaptureError)
-            failure = {"verdict": "refused" if known else "failed", "captured": captured, "why": why}
+            verdict = "refused" if known else "failed"
+            failure = {"verdict": verdict, "captured": captured, "why": _line(why)}
             found["tp"] |= dict.fromkeys(DEGREES[index:], failure)
             break
         found["tp"][tp] = _summary(report)
@@ -138,9 +139,9 @@ def _brief(result: Result) -> str:
     return f"{result['verdict']}: {_line(result['why'], 150)}"
 
 
-def _line(text: str, length: int = 200) -> str:
+def _line(text: str, length: int = 600) -> str:
     """A message in one line, without the machine's folders."""
-    text = re.sub(r"\S*/(site-packages|lib/python[\d.]+)/", "", " ".join(text.split()))
+    text = re.sub(r"[^\s(]*/(site-packages|lib/python[\d.]+)/", "", " ".join(text.split()))
     return text if len(text) <= length else text[: length - 1] + "…"
 
 
