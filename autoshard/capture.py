@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.export.graph_signature import InputKind
+from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
@@ -31,6 +32,7 @@ from autoshard.compat import without_modes
 from autoshard.errors import CaptureError
 
 SMALL = 2**16  # elements
+DROPOUTS = (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout)
 
 
 @dataclass(frozen=True)
@@ -114,7 +116,7 @@ def capture(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
         around.enter_context(_named_arguments(model, kwargs))
         around.enter_context(_quiet())
         around.enter_context(without_modes())
-        around.enter_context(_DataIsDetached())
+        around.enter_context(_AsEager())
         hooks = around.enter_context(_hooks_noticed())
         functions = around.enter_context(noticed())
         try:
@@ -170,8 +172,12 @@ def capture(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     )  # fmt: skip
 
 
-class _DataIsDetached(TorchFunctionMode):
-    """``weight.data`` is ``weight.detach()``: traced as itself it would be a constant."""
+class _AsEager(TorchFunctionMode):
+    """What tracing would see otherwise than eager code does.
+
+    ``weight.data`` is ``weight.detach()``: traced as itself it would be a constant. A dropout that is
+    off gives the very tensor that it got: its trace is another one.
+    """
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -180,6 +186,11 @@ class _DataIsDetached(TorchFunctionMode):
             return args[0].detach()
         if func == Tensor.data.__set__:  # type: ignore[attr-defined]
             raise CaptureError("the model assigns to a tensor's .data; write into it by copy_ instead")
+        if func in DROPOUTS:
+            given = inspect.signature(func).bind(*args, **(kwargs or {}))
+            given.apply_defaults()
+            if not (given.arguments["p"] and given.arguments["training"]):
+                return given.arguments["input"]
         return func(*args, **(kwargs or {}))
 
 

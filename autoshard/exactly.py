@@ -114,7 +114,8 @@ def edit_exactly(dtype: torch.dtype) -> Callable[[fx.Graph], None]:
                     (tuple(node.args), dict(node.kwargs)),
                 )
             if node.target is aten.dropout.default:
-                node.args = (node.args[0], 0.0, *node.args[2:])
+                if node.args[1] and node.args[2]:  # a tensor of its own, as with its mask
+                    node.target, node.args = aten.clone.default, node.args[:1]
             elif node.target is aten.scaled_dot_product_attention.default:
                 if len(node.args) > 4:
                     node.args = (*node.args[:4], 0.0, *node.args[5:])

@@ -13,7 +13,8 @@ from torch import Tensor, fx
 from autoshard.compat import storage_key
 from autoshard.rules.call import op_name
 
-SELF = ("to", "type_as", "contiguous", "dropout")  # give the very operand where nothing is to be done
+SELF = ("to", "type_as", "contiguous")  # give the very operand where nothing is to be done
+DROPOUTS = ("dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout")
 
 
 def storage(value: Any) -> int | None:
@@ -31,6 +32,11 @@ def written(node: fx.Node) -> fx.Node | None:
             value = node.args[index] if index < len(node.args) else node.kwargs.get(argument.name)
             return value if isinstance(value, fx.Node) else None
     return None
+
+
+def is_off(node: fx.Node) -> bool:
+    """A dropout that does nothing: it gives its very operand, though its trace is another tensor."""
+    return op_name(node) in DROPOUTS and not (node.args[1] and node.args[2])
 
 
 def very_operand(value: Any) -> Any:

@@ -13,7 +13,7 @@ After::
 
 ``no_grad``: operands lose their history on the way in, and an operand that comes out again is the
 operand itself. ``autocast``: the casts are made when a node runs, so the node keeps what it was
-traced under.
+traced under. A dropout that is off is its operand.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from torch import Tensor, fx
 
 from autoshard.analysis import AUTOCAST
 from autoshard.errors import CaptureError
-from autoshard.memory import storage, very_operand, written
+from autoshard.memory import is_off, storage, very_operand, written
 from autoshard.rules import where
 from autoshard.rules.call import traced_call
 
@@ -52,6 +52,9 @@ def _inline(graph: fx.Graph, flowing: set[fx.Node]) -> None:
     for node in list(graph.nodes):
         if isinstance(node.target, torch._ops.HigherOrderOperator):
             _inline_one(graph, node, flowing)
+        elif is_off(node):  # before anything asks which values are one
+            node.replace_all_uses_with(node.all_input_nodes[0])
+            graph.erase_node(node)
         elif any(n in flowing for n in node.all_input_nodes):
             flowing.add(node)
 

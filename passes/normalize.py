@@ -55,7 +55,7 @@ def normalize(
         name = op_name(node)
         if name in DROPPED:
             graph.erase_node(node)
-        elif name in IDENTITIES or (name == "dropout" and not (node.args[2] and node.args[1])):
+        elif name in IDENTITIES:
             _replace(node, node.args[0])
         elif name in ("cat", "concat", "concatenate"):
             _drop_empty_operands(node)

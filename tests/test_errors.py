@@ -362,28 +362,38 @@ def test_a_backward_that_is_the_derivative_is_accepted(function: Any, how: str) 
 
 
 class Aside(nn.Module):
-    """Uses under no_grad a value that it goes on with: converting to its own dtype gives itself."""
+    """Uses under no_grad a value that it goes on with: converted to its own dtype, or dropout that is
+    off, it is itself; a view of it would be another tensor."""
 
-    def __init__(self) -> None:
+    def __init__(self, passing: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
         self.first, self.mlp = nn.Linear(8, 8), MLP()
+        self.passing = passing
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [n, 8] -> [n, 8]."""
         x = self.first(x)
         with torch.no_grad():
-            same = x.to(x.dtype)
+            same = self.passing(x)
             gate = same.sigmoid()
         out: Tensor = self.mlp(same * gate)
         return out
 
 
-def test_an_operand_that_leaves_no_grad_keeps_its_history() -> None:
+@pytest.mark.parametrize(
+    "passing",
+    [
+        lambda x: x.to(x.dtype),
+        lambda x: F.dropout(x, 0.5, training=False),
+        lambda x: F.dropout(x, 0.0, training=True),
+    ],
+)
+def test_an_operand_that_leaves_no_grad_keeps_its_history(passing: Callable[[Tensor], Tensor]) -> None:
     """The gradient flows through ``same``, not through ``gate``; in float32 as in float64."""
     for dtype in (torch.float64, torch.float32):
-        report = autoshard.verify(Aside(), 2, INPUT, dtype=dtype)
+        report = autoshard.verify(Aside(passing), 2, INPUT, dtype=dtype)
         assert report.ok, report
-    model = Aside()
+    model = Aside(passing)
     tp_model = autoshard.parallelize(model, 1, INPUT, degree="max")
     for each in (model, tp_model):
         each(*INPUT).sum().backward()

@@ -11,6 +11,7 @@ import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, fx, nn
+from torch.nn import functional as F
 
 import autoshard
 from autoshard.capture import capture
@@ -32,6 +33,7 @@ VIEWS: dict[str, Callable[[Tensor, int], Tensor]] = {
     "reshape": lambda x, n: x.reshape(-1) if n % 2 else x.reshape(1, *x.shape),
     "contiguous": lambda x, n: x.contiguous(),
     "same": lambda x, n: x.to(x.dtype),
+    "off": lambda x, n: F.dropout(x, 0.5, training=False) if n % 2 else F.dropout(x, 0.0),
     "narrow": lambda x, n: x.narrow(-1, 0, 2) if x.shape[-1] == 4 else x,
     "expand": lambda x, n: x.expand(2, *x.shape),  # never written
 }
