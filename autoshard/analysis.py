@@ -114,6 +114,11 @@ class Candidate:
         )  # fmt: skip
 
 
+def splittable(candidates: Iterable[Candidate], tp: int) -> set[Axis]:
+    """The axes of the candidates that take any degree beside 1."""
+    return {atom for c in candidates if c.degrees(tp) != (1,) for atom in c.atoms}
+
+
 class Hints:
     """Sizes of symbols as they were traced, or a nominal one for all."""
 

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from autoshard.analysis import Axes, Candidate
+from autoshard.analysis import Axes, Candidate, splittable
 from autoshard.axes import atoms_of
 from autoshard.rules import bind
 from autoshard.rules.call import op_name, traced_call
@@ -71,7 +71,7 @@ def fuse_unsplit(
     graph: fx.Graph, norms: list[Norm], axes: Axes, candidates: Iterable[Candidate], tp: int
 ) -> bool:
     """Undo what was written out for nothing: no candidate's axis runs through it. Whether any was."""
-    taken = {atom for c in candidates if c.degrees(tp) != (1,) for atom in c.atoms}
+    taken = splittable(candidates, tp)
     undone = False
     for norm in norms:
         source = next(n for n in norm.args if isinstance(n, fx.Node))

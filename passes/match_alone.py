@@ -19,10 +19,11 @@ import math
 
 from torch import fx
 
-from autoshard.analysis import NOMINAL, Axes, Candidate, Found, Hints, Split
+from autoshard.analysis import NOMINAL, Axes, Candidate, Found, Hints, Split, splittable
 from autoshard.axes import Axis, atoms_of, unify
+from autoshard.paths import module_path
 from autoshard.rules import Call, rule_for
-from autoshard.rules.call import Dims, module_path
+from autoshard.rules.call import Dims
 
 # FLOPs per communicated element, against those of a square matmul: the result is no narrower than a
 # seventh of the operand.
@@ -41,7 +42,7 @@ def match_alone(
         candidates: what ``match`` found.
     """
     nominal, traced = Hints(graph, NOMINAL), Hints(graph)
-    taken = {atom for c in candidates if c.degrees(tp) != (1,) for atom in c.atoms}
+    taken = splittable(candidates, tp)
     names = {region.name for candidate in candidates for region in candidate.regions}
     found: list[Candidate] = []
     for weight in axes.parameters:
@@ -56,7 +57,7 @@ def match_alone(
         for other in dims[1:]:
             for a, b in zip(dims[0], other, strict=True):
                 unify(a, b)
-        axis = _contraction(own[0], tp)
+        axis = _contraction(own, tp)
         if axis is None:
             continue
         axes.calls.update({c.node: c for c in own})
@@ -127,11 +128,18 @@ def _alone(call: Call) -> Call:
     return alone
 
 
-def _contraction(alone: Call, tp: int) -> Axis | None:
-    """The summed axis that takes the largest degree."""
+def _contraction(alone: list[Call], tp: int) -> Axis | None:
+    """The axis that every call sums, and none keeps; of several the one of the largest degree."""
+    kept = {a for c in alone for dims in c.outputs if dims for axis in dims for a in atoms_of(axis)}
     best: Axis | None = None
     degree = 1
-    for axis in (a for summed in alone.summed for a in atoms_of(summed)):
-        if isinstance(axis.size, int) and axis.frozen is None and math.gcd(axis.size, tp) > degree:
-            best, degree = axis, math.gcd(axis.size, tp)
+    for axis in _summed(alone[0]):
+        everywhere = all(axis in _summed(c) for c in alone) and axis not in kept
+        if everywhere and isinstance(axis.size, int) and axis.frozen is None:
+            if math.gcd(axis.size, tp) > degree:
+                best, degree = axis, math.gcd(axis.size, tp)
     return best
+
+
+def _summed(call: Call) -> list[Axis]:
+    return [atom for axis in call.summed for atom in atoms_of(axis)]

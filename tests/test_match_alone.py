@@ -64,6 +64,27 @@ def test_alone_takes_any_degree_or_none() -> None:
         assert report.ok and report.plan.region("first").degree == degree, report
 
 
+class BothWays(nn.Module):
+    """One weight, summed over its first dimension and over its second."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.norm = nn.Embedding(64, 32), nn.LayerNorm(32)
+        self.weight = nn.Parameter(torch.randn(32, 32) / 6)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """ids: [b, s] -> [b, s, 32]."""
+        x = self.norm(self.table(ids))
+        out: Tensor = self.norm(F.linear(self.norm(x @ self.weight), self.weight) + x)
+        return out
+
+
+def test_a_weight_that_is_used_both_ways_stays_whole() -> None:
+    """No dimension of it is summed by both matmuls."""
+    plan = verified(BothWays(), 2, TOKENS)
+    assert next(p for p in plan.parameters if p.name == "weight").degree == 1
+
+
 class OddHeads(nn.Module):
     """Attention with three heads."""
 
