@@ -27,6 +27,7 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from autoshard.compat import default_store
 from autoshard.errors import CollectiveError
+from autoshard.paths import module_path
 
 INTERVAL = 0.5  # seconds between two looks whether the roll is called
 GRACE = 3.0  # seconds that a rank has to answer
@@ -106,13 +107,7 @@ def _of_node(node: fx.Node, way: str) -> Place:
     target = getattr(node.target, "__name__", node.target)
     # What enters a layer was made by the one before.
     users = list(node.users) if target in ("copy", "scatter") else []
-    return Place(f"the {way} of {target}", layer_of_node(users[0] if users else node), node.name)
-
-
-def layer_of_node(node: fx.Node) -> str:
-    """The path of the module that a node was traced in."""
-    stack = node.meta.get("nn_module_stack")
-    return str(list(stack.values())[-1][0]).partition("@")[0] if stack else ""
+    return Place(f"the {way} of {target}", module_path(users[0] if users else node), node.name)
 
 
 def position() -> str:

@@ -11,8 +11,8 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from autoshard.errors import NonFiniteError
-from autoshard.failures import layer_of_node
 from autoshard.mesh import Mesh
+from autoshard.paths import module_path
 from autoshard.plans import Plan
 
 NAN, INF = 1, 2
@@ -83,7 +83,7 @@ class FiniteWatch:
 
     def _told(self, node: fx.Node, way: str, kind: int, ranks: list[int]) -> str:
         what = {NAN: "a NaN", INF: "an infinity", NAN | INF: "NaNs and infinities"}[kind]
-        layer, source = layer_of_node(node), f"{node.name} ({_target(node)})"
+        layer, source = module_path(node), f"{node.name} ({_target(node)})"
         if node.op == "placeholder":
             name = self._names.get(str(node.target))
             layer = (name or "").rpartition(".")[0]

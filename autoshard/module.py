@@ -303,8 +303,14 @@ class ParallelModule(nn.Module):
 
     def _known(self, key: Any, flat: list[Any]) -> Compiled | None:
         """The graph that holds for these inputs; None where it has still to be captured."""
-        known = self._fits.get((key, _shapes(flat)))
-        return known or next((c for c in self._compiled.get(key, ()) if _holds(c, flat)), None)
+        place = key, _shapes(flat)
+        if place not in self._fits:
+            fitting = (c for c in self._compiled.get(key, ()) if _holds(c, flat))
+            known = next(fitting, None)
+            if known is None:
+                return None
+            self._fits[place] = known
+        return self._fits[place]
 
     def _find(
         self, key: Any, flat: list[Any], args: tuple[Any, ...], kwargs: Any, known: Compiled | None
@@ -312,7 +318,7 @@ class ParallelModule(nn.Module):
         if known is None:
             known = self._capture(args, kwargs)
             self._compiled.setdefault(key, []).append(known)
-        self._fits[key, _shapes(flat)] = known
+            self._fits[key, _shapes(flat)] = known
         self.__dict__["_last"] = known
         return known
 

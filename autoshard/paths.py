@@ -1,8 +1,10 @@
-"""Paths of modules and parameters: which repeated layer they lie in."""
+"""Paths of modules and parameters: where a node was traced, in which repeated layer that lies."""
 
 from __future__ import annotations
 
 from functools import lru_cache
+
+from torch import fx
 
 
 @lru_cache(maxsize=65536)
@@ -13,3 +15,12 @@ def layer_of(path: str) -> str | None:
         if part.isdecimal():
             return ".".join(parts[: index + 1])
     return None
+
+
+def module_path(node: fx.Node) -> str:
+    """The path of the module in whose ``forward`` the node was traced."""
+    stack = node.meta.get("nn_module_stack")
+    if not stack:
+        return ""
+    path, _ = list(stack.values())[-1]
+    return str(path).partition("@")[0]

@@ -113,18 +113,24 @@ def verify_each(
     dtype: torch.dtype = torch.float64,
 ) -> Iterator[Report]:
     """``verify`` over several numbers of ranks, the model captured once."""
-    exact = dtype is torch.float64  # a lower one runs as it would in training
-    with default_dtype(dtype) if exact else contextlib.nullcontext():
-        subject = perturbed(copy.deepcopy(model).to(dtype), seed=0)
-        args, kwargs = pytree.tree_map_only(
-            Tensor, lambda t: t.to(dtype) if t.is_floating_point() else t.clone(), (args, kwargs)
-        )
-        hollow, edit = capturing.skeleton(subject), edit_exactly(dtype)
-        programs = analyse_each(hollow, args, kwargs, tps, edit)
-        for tp, program in zip(tps, programs, strict=True):
+    subject = perturbed(copy.deepcopy(model).to(dtype), seed=0)
+    args, kwargs = pytree.tree_map_only(
+        Tensor, lambda t: t.to(dtype) if t.is_floating_point() else t.clone(), (args, kwargs)
+    )
+    hollow, edit = capturing.skeleton(subject), edit_exactly(dtype)
+    programs = analyse_each(hollow, args, kwargs, tps, edit)
+    for tp in tps:
+        with _tensors_of(dtype):
+            program = next(programs)
             plan, sharded = rewrite(program, tp, request)
             inputs = boundary_inputs(program, tp, args, kwargs)
-            yield compare(subject, program, sharded, plan, *inputs, dtype)
+            report = compare(subject, program, sharded, plan, *inputs, dtype)
+        yield report
+
+
+def _tensors_of(dtype: torch.dtype) -> contextlib.AbstractContextManager[None]:
+    """Exactly means that tensors made without a dtype are exact too; else all is as in training."""
+    return default_dtype(dtype) if dtype is torch.float64 else contextlib.nullcontext()
 
 
 def compare(

@@ -19,8 +19,8 @@ from autoshard.assignment import Assignment, stored_dim, stored_numel
 from autoshard.axes import Axis, atoms_of
 from autoshard.errors import PlanError
 from autoshard.flow import LOSS, Flow, flow, owners
+from autoshard.paths import module_path
 from autoshard.plans import ParameterShare, Plan, Region, Whole
-from autoshard.rules.call import module_path
 
 Request = str | int | Mapping[str, int]
 

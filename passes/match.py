@@ -22,8 +22,9 @@ from torch import fx
 
 from autoshard.analysis import NOMINAL, Axes, Candidate, Found, Hints, Split, weights_of
 from autoshard.axes import Axis, atoms_of, factors_of, freeze, parts_of
+from autoshard.paths import module_path
 from autoshard.rules import Call
-from autoshard.rules.call import Dims, module_path
+from autoshard.rules.call import Dims
 
 # An axis that only passes (a vocabulary) is padded where it does not divide, from so many rows a rank.
 PADDED_FROM = 8

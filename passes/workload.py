@@ -46,9 +46,9 @@ from autoshard.cost_model.work import (
     total,
 )  # fmt: skip
 from autoshard.flow import flow, owners
-from autoshard.paths import layer_of
+from autoshard.paths import layer_of, module_path
 from autoshard.rules import Call
-from autoshard.rules.call import module_path, op_name, size_of
+from autoshard.rules.call import op_name, size_of
 
 Place: TypeAlias = tuple[int, int]  # a candidate's number, a region's within it
 Owner: TypeAlias = Place | bool  # a region; or none: whether in a layer

@@ -19,9 +19,9 @@ from torch import fx
 from transformers import LlamaForCausalLM
 
 from autoshard.capture import skeleton
+from autoshard.paths import module_path
 from autoshard.pipeline import analyse, rewrite
 from autoshard.plans import Plan
-from autoshard.rules.call import module_path
 from autoshard.sharded import Sharded
 from tests.models import huggingface
 from tests.models.case import Case

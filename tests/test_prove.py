@@ -154,6 +154,17 @@ def test_faults_are_many(given: tuple[str, int]) -> None:
 # -- one of each, and what the refusal says -------------------------------------------------------
 
 
+def without(tried: Subject, name: str) -> tuple[str, str]:
+    """The first user of a collective, and what the refusal says when that one is left out."""
+
+    def passed(site: Site) -> None:
+        site.node.replace_all_uses_with(site.node.args[0])
+        site.graph.erase_node(site.node)
+
+    user = next(iter(next(n for n in tried.sharded.graph.nodes if n.name == name).users))
+    return user.name, tried.refusal(changed(tried, name, passed))
+
+
 @pytest.mark.parametrize("place", [0, 1, 2, -1])
 @pytest.mark.parametrize("name", ["gpt2", "llama-kv2"])
 def test_missing_copy(name: str, place: int) -> None:
@@ -161,13 +172,8 @@ def test_missing_copy(name: str, place: int) -> None:
     tried = subject(name, 2 if name == "gpt2" else 4)
     node = names(tried, ops.copy)[place]
 
-    def without(site: Site) -> None:
-        site.node.replace_all_uses_with(site.node.args[0])
-        site.graph.erase_node(site.node)
-
-    user = next(iter(next(n for n in tried.sharded.graph.nodes if n.name == node).users))
-    said = tried.refusal(changed(tried, node, without))
-    assert f"it is not at {user.name} (" in said and " at " in said and "copy" in said
+    user, said = without(tried, node)
+    assert f"it is not at {user} (" in said and " at " in said and "copy" in said
 
 
 @pytest.mark.parametrize("place", [0, 1, -1])
@@ -177,13 +183,8 @@ def test_missing_reduce(name: str, place: int) -> None:
     tried = subject(name, 2 if name == "gpt2" else 4)
     node = names(tried, ops.reduce)[place]
 
-    def without(site: Site) -> None:
-        site.node.replace_all_uses_with(site.node.args[0])
-        site.graph.erase_node(site.node)
-
-    user = next(iter(next(n for n in tried.sharded.graph.nodes if n.name == node).users))
-    said = tried.refusal(changed(tried, node, without))
-    assert f"it is not at {user.name} (" in said and "reduce it first" in said
+    user, said = without(tried, node)
+    assert f"it is not at {user} (" in said and "reduce it first" in said
 
 
 @pytest.mark.parametrize("argument", ["vocab", "rows"])
@@ -244,7 +245,7 @@ def test_weight_of_another_layer() -> None:
                 use.replace_input_with(x, y)
 
         said = tried.refusal(changed(tried, nodes[1].name, other))
-        assert f"it is not at {user.name} (" in said and names_[1] in said
+        assert f"it is not at {user} (" in said and names_[1] in said
 
 
 def test_parameter_stored_twice() -> None:

@@ -12,6 +12,7 @@ from torch import fx
 
 from autoshard import axes
 from autoshard.axes import Axis, Size
+from autoshard.paths import module_path
 
 Dims = tuple[Axis, ...]
 Slot = tuple[str, int | None]  # an argument's name, and its place in a list of tensors
@@ -180,12 +181,3 @@ def op_name(node: fx.Node) -> str:
     if isinstance(node.target, torch._ops.OpOverload):
         return str(node.target._schema.name.partition("::")[2])
     return ""
-
-
-def module_path(node: fx.Node) -> str:
-    """The path of the module in whose ``forward`` the node was traced."""
-    stack = node.meta.get("nn_module_stack")
-    if not stack:
-        return ""
-    path, _ = list(stack.values())[-1]
-    return str(path).partition("@")[0]
