@@ -10,6 +10,7 @@ doing; who is dead or stopped does not answer.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import json
 import os
@@ -180,8 +181,16 @@ class _RollCall:
         self._listening = PrefixStore("autoshard/roll", second)
         self._group = dist.group.WORLD
         self._known: bytes = b""
+        self._ended = threading.Event()
         self.thread = threading.Thread(target=self._listen, name="autoshard roll call", daemon=True)
         self.thread.start()
+        atexit.register(self._end)
+
+    def _end(self) -> None:
+        """Joined before the interpreter ends: a thread that comes back from the store after that is
+        unwound through C++ code that may not throw, and the process aborts."""
+        self._ended.set()
+        self.thread.join(GRACE)  # longer only where the store itself is stopped
 
     def alive(self) -> bool:
         """Whether this process still answers for the process group that there is now."""
@@ -190,10 +199,7 @@ class _RollCall:
     def _listen(self) -> None:
         answered = 0
         try:
-            while True:
-                time.sleep(INTERVAL)
-                if not (threading.main_thread().is_alive() and self._group is dist.group.WORLD):
-                    return
+            while not self._ended.wait(INTERVAL) and self._group is dist.group.WORLD:
                 calls = self._listening.add("calls", 0)
                 for call in range(answered + 1, calls + 1):
                     self._listening.set(f"{call}/{self.rank}", position())
