@@ -4,9 +4,11 @@ tp_model = autoshard.parallelize(model, tp=8)
 """
 
 from autoshard.api import parallelize, plan
+from autoshard.checkpoints import async_save, load, save
 from autoshard.errors import (
     AutoshardError,
     CaptureError,
+    CheckpointError,
     CollectiveError,
     NonFiniteError,
     PlanError,
@@ -24,6 +26,7 @@ __version__ = "0.1.0"
 __all__ = [
     "AutoshardError",
     "CaptureError",
+    "CheckpointError",
     "CollectiveError",
     "NonFiniteError",
     "ParallelModule",
@@ -34,8 +37,11 @@ __all__ = [
     "Report",
     "UnknownOperatorError",
     "UnsoundGraphError",
+    "async_save",
+    "load",
     "parallelize",
     "plan",
     "register_rule",
+    "save",
     "verify",
 ]

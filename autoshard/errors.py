@@ -21,6 +21,10 @@ class UnsoundGraphError(AutoshardError):
     """The check of a rewritten graph failed: it is not provably the same function."""
 
 
+class CheckpointError(AutoshardError):
+    """A checkpoint that is missing, damaged, or of another model. Nothing was loaded."""
+
+
 class RanksDifferError(AutoshardError):
     """Ranks that must hold the same values, or get the same inputs, do not. Raised on all of them."""
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import Placement, Replicate, Shard
 
@@ -321,6 +322,19 @@ class Mesh:
         self.seed = seed
         for degree, group in self._groups.items():
             group.stream.manual_seed(group_seed(seed, self._replica(), degree, group.coordinate))
+
+    def random_state(self) -> dict[str, Tensor]:
+        """Where each stream stands, as bytes, by replica, degree and coordinate."""
+        return {
+            f"{self._replica()}.{degree}.{group.coordinate}": group.stream.packed(self.device)
+            for degree, group in self._groups.items()
+        }
+
+    def load_random_state(self, state: Mapping[str, Tensor]) -> None:
+        """Goes on where `random_state` was taken."""
+        for degree, group in self._groups.items():
+            packed = state[f"{self._replica()}.{degree}.{group.coordinate}"]
+            group.stream.unpack(packed, self.device)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Mesh:
         return self

@@ -154,15 +154,29 @@ class ParallelModule(nn.Module):
         keep = not rank0_only or (mesh.tp_rank == 0 and mesh.dp_rank == 0)
         result: dict[str, Tensor] = {}
         for name, value in super().state_dict(keep_vars=True).items():
-            whole = stored_parameters.whole(_undo_state(self, name, value), self._share(name))
+            whole = stored_parameters.whole(_undo_state(self, name, value), self.share_of(name))
             if keep:
                 result[name] = whole.detach().cpu() if rank0_only else whole.detach()
         return result
+
+    def share_of(self, name: str) -> Stored | None:
+        """How a parameter lies on the ranks: dimension, layout, degree; None where it is whole."""
+        return self._stored.get(self._names.get(name, name))
 
     def manual_seed(self, seed: int) -> None:
         """Start dropout's random streams anew; with the same seed on every rank."""
         mesh: Mesh = self.__dict__["_mesh"]
         mesh.manual_seed(seed)
+
+    def random_state(self) -> dict[str, Tensor]:
+        """Where dropout's random streams stand: uint8 by <data parallel copy>.<degree>.<coordinate>."""
+        mesh: Mesh = self.__dict__["_mesh"]
+        return mesh.random_state()
+
+    def load_random_state(self, state: Mapping[str, Tensor]) -> None:
+        """Let dropout go on where ``random_state`` was taken, on ranks split in the same way."""
+        mesh: Mesh = self.__dict__["_mesh"]
+        mesh.load_random_state(state)
 
     def check_replicas(self, repair: bool = False) -> tuple[str, ...]:
         """Compare what the ranks of a tensor parallel group must hold alike; every rank calls it.
@@ -184,7 +198,7 @@ class ParallelModule(nn.Module):
                 the largest absolute difference.
         """
         tensors = {**dict(self.named_parameters()), **dict(self.named_buffers())}
-        stored = {name: self._share(name) for name in tensors}
+        stored = {name: self.share_of(name) for name in tensors}
         return check_replicas(tensors, stored, self.__dict__["_mesh"], repair)
 
     @contextlib.contextmanager
@@ -237,7 +251,7 @@ class ParallelModule(nn.Module):
         model = make_skeleton(self.__dict__["_skeleton"]).train(self.training)
         subject = Subject(
             self.forward, model, lambda count: output_names(self._last.program, count),
-            dict(self.named_parameters()), dict(self.named_buffers()), self._share, mesh, self.plan,
+            dict(self.named_parameters()), dict(self.named_buffers()), self.share_of, mesh, self.plan,
         )  # fmt: skip
         last = self._last
         try:
@@ -291,9 +305,6 @@ class ParallelModule(nn.Module):
         """What a graph is captured for, shapes aside, and the flat inputs."""
         flat, spec = pytree.tree_flatten((args, kwargs))
         return (spec, self.training, tuple(_kind(leaf) for leaf in flat)), flat
-
-    def _share(self, name: str) -> Stored | None:
-        return self._stored.get(self._names.get(name, name))
 
     def _local(self, compiled: Compiled) -> dict[str, Tensor]:
         return stored_parameters.local(dict(self.named_parameters()))
@@ -455,7 +466,7 @@ def _to_state(module: nn.Module, state: dict[str, Any], prefix: str, metadata: A
     assert isinstance(module, ParallelModule)
     for key in list(state):
         name = key[len(prefix) :]
-        share = module._share(name)
+        share = module.share_of(name)
         if share is not None and isinstance(state[key], Tensor):
             state[key] = stored_parameters.to_state(state[key], share)
 
@@ -473,7 +484,7 @@ def _from_state(module: nn.Module, state: dict[str, Any], prefix: str, *rest: An
         name = key[len(prefix) :]
         if name in own and isinstance(state[key], Tensor):
             if tuple(state[key].shape) == tuple(own[name].shape):
-                state[key] = stored_parameters.from_state(state[key], module._share(name), mesh)
+                state[key] = stored_parameters.from_state(state[key], module.share_of(name), mesh)
 
 
 __all__ = ["DTensor", "ParallelModule", "outputs_to_keep", "plan_hash"]

@@ -82,6 +82,17 @@ def to_state(parameter: Tensor, stored: Stored | None) -> Tensor:
     return distribute_tensor(full, parameter.device_mesh, parameter.placements, src_data_rank=None)
 
 
+def in_ranks_order(value: DTensor, stored: Stored | None) -> DTensor:
+    """The inverse of ``to_state`` for what lies as a parameter does: its optimizer's state."""
+    if stored is None or in_model_order(stored):
+        return value
+    dim, layout, degree = stored
+    rows = torch.tensor([i for r in range(degree) for i in layouts.indices(layout, r)])
+    full = value.full_tensor()
+    full = full.index_select(dim, rows.to(full.device))
+    return distribute_tensor(full, value.device_mesh, value.placements, src_data_rank=None)
+
+
 def from_state(value: Tensor, stored: Stored | None, mesh: Mesh) -> Tensor:
     """The inverse of ``to_state``; a plain whole tensor is taken too."""
     if isinstance(value, DTensor):
