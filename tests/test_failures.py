@@ -7,6 +7,8 @@ import multiprocessing
 import os
 import pickle
 import signal
+import subprocess
+import sys
 import tempfile
 import time
 from datetime import timedelta
@@ -186,3 +188,29 @@ def timeouts() -> list[float]:
 def test_every_group_has_the_timeout_of_the_default_group() -> None:
     """A mesh gives its groups the backend's 30 minutes else, whatever init_process_group was told."""
     assert run_distributed(timeouts, 4, process_group=False) == [[77.0] * 4] * 4
+
+
+_ENDS = """
+import atexit, threading
+import torch.distributed as dist
+from autoshard import failures
+
+def ended():
+    left = [t.name for t in threading.enumerate() if t is not threading.main_thread()]
+    print("left:", left, flush=True)
+
+atexit.register(ended)  # runs after what is registered later
+store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+dist.init_process_group("fake", rank=0, world_size=2, store=store)
+failures.answer_roll_calls()
+assert any(t.name == "autoshard roll call" for t in threading.enumerate())
+"""
+
+
+def test_no_thread_is_left_when_the_interpreter_ends() -> None:
+    """A thread in the store's C++ code at that time would abort the process, with exit code -6."""
+    ended = subprocess.run(
+        [sys.executable, "-c", _ENDS], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout == "left: []\n"
