@@ -111,8 +111,14 @@ def default_store() -> distributed_c10d.Store | None:
 
 def inherit_timeout(group: dist.ProcessGroup, device: torch.device) -> None:
     """Give a process group the timeout of the default group, for collectives on `device`."""
-    try:
-        timeout: timedelta = dist.group.WORLD._get_backend(device).options._timeout  # type: ignore[union-attr]
+    timeout = timeout_of(dist.group.WORLD, device)
+    if timeout is not None:
         distributed_c10d._set_pg_timeout(timeout, group)
-    except (AttributeError, RuntimeError):  # a backend without one
-        return
+
+
+def timeout_of(group: dist.ProcessGroup | None, device: torch.device) -> timedelta | None:
+    """After which time a collective of the group fails; None of a backend without one."""
+    try:
+        return group._get_backend(device).options._timeout  # type: ignore[union-attr]
+    except (AttributeError, RuntimeError):
+        return None

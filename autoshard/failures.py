@@ -55,6 +55,25 @@ def line_of_graph() -> Line | None:
     return None
 
 
+def way_and_line() -> tuple[str, Line | None]:
+    """Whether the caller runs in a forward or a backward pass, and the line of the known graph."""
+    frame: FrameType | None = sys._getframe(1)
+    for _ in range(8):
+        if frame is None:
+            break
+        if frame.f_code.co_filename in _graphs:
+            return "forward", (frame.f_code.co_filename, frame.f_lineno)
+        if frame.f_code.co_name == "backward" and "ctx" in frame.f_locals:
+            return "backward", getattr(frame.f_locals["ctx"], "line", None)
+        frame = frame.f_back
+    return "", None
+
+
+def place_of(way: str, line: Line | None) -> Place:
+    """What ``way_and_line`` found."""
+    return Place("Python") if line is None else _of_line(line, way)
+
+
 @dataclass(frozen=True)
 class Place:
     """What a process is doing: a node of its graph, its layer, and the pass; or a line of Python."""
@@ -130,11 +149,18 @@ def explained(collective: str, ranks: Sequence[int]) -> Iterator[None]:
 
 
 def _explanation(error: RuntimeError, collective: str, ranks: Sequence[int]) -> CollectiveError:
+    said = f"The backend says: {' '.join(str(error).split())}"
+    return explanation(place(sys._getframe(2)), collective, ranks, "failed", said)
+
+
+def explanation(
+    where: Place, collective: str, ranks: Sequence[int], what: str, said: str
+) -> CollectiveError:
+    """The error for a collective that failed or stands still, after the roll was called."""
     rank = dist.get_rank()
-    where = place(sys._getframe(2))
     found = _roll_call.called(str(where)) if _roll_call is not None else None
     message = (
-        f"{where}: an {collective} among the ranks {', '.join(map(str, ranks))} failed on rank {rank}"
+        f"{where}: an {collective} among the ranks {', '.join(map(str, ranks))} {what} on rank {rank}"
     )
     missing: tuple[int, ...] = ()
     if found is None:
@@ -155,7 +181,7 @@ def _explanation(error: RuntimeError, collective: str, ranks: Sequence[int]) -> 
         )
     message += (
         ". The process group cannot be used any more: end all ranks and start again from a checkpoint. "
-        f"The backend says: {' '.join(str(error).split())}"
+        f"{said}"
     )
     return CollectiveError(message, missing)
 

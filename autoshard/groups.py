@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from autoshard import failures
+from autoshard import failures, pending
 from autoshard.random_streams import RandomStream
 
 ReduceOp = Literal["sum", "max"]
@@ -94,6 +94,11 @@ class ProcessGroupComm:
         self.degree: int = process_group.size()
         self.coordinate: int = process_group.rank()
 
+    def _note(self, collective: str, x: Tensor) -> None:
+        """On a GPU Python only enqueues: somebody else has to see whether it ends."""
+        if x.is_cuda:
+            pending.note(collective, self.ranks, self.process_group)
+
     def all_reduce(self, x: Tensor, op: ReduceOp = "sum", *, inplace: bool = False) -> Tensor:
         """One all-reduce."""
         x = x.detach()
@@ -103,6 +108,7 @@ class ProcessGroupComm:
             x = x.clone(memory_format=torch.contiguous_format)
         with failures.explained("all-reduce", self.ranks):
             dist.all_reduce(x, _REDUCE_OPS[op], group=self.process_group)
+        self._note("all-reduce", x)
         return x
 
     def all_gather(self, x: Tensor) -> list[Tensor]:
@@ -114,12 +120,14 @@ class ProcessGroupComm:
         buffer = x.new_empty((self.degree * x.numel(),))
         with failures.explained("all-gather", self.ranks):
             _all_gather(buffer, x.view(-1), group=self.process_group)
+        self._note("all-gather", x)
         return list(buffer.view(self.degree, *x.shape).unbind())
 
     def broadcast(self, x: Tensor) -> None:
         """Overwrite the contiguous `x` with that of coordinate 0."""
         with failures.explained("broadcast", self.ranks):
             dist.broadcast(x, self.ranks[0], group=self.process_group)
+        self._note("broadcast", x)
 
     def gather_objects(self, value: T) -> list[T]:
         """Every rank's `value`, pickled, by coordinate: for reports, not for steps."""
