@@ -20,6 +20,7 @@ from autoshard.module import ParallelModule
 from autoshard.plans import Plan, Region
 from autoshard.rules import register_rule
 from autoshard.verification import Report, verify
+from autoshard.weights import meta_parameters
 
 __version__ = "0.1.0"
 
@@ -39,6 +40,7 @@ __all__ = [
     "UnsoundGraphError",
     "async_save",
     "load",
+    "meta_parameters",
     "parallelize",
     "plan",
     "register_rule",

@@ -48,7 +48,8 @@ def parallelize(
 
     Args:
         model: any transformer written for one GPU, on any device, with its weights. All ranks get
-            the first rank's weights.
+            the first rank's weights. Parameters on the meta device get room on the ranks, to be filled
+            by ``load_weights`` or ``init_weights``.
         tp: number of ranks to split over. The world may be a multiple: the rest is data parallel.
         example_inputs: tuple or dict of ``forward``'s arguments; found when not given.
         degree: ``"auto"``: the cost model chooses the degree of each region, of least predicted step
@@ -91,11 +92,12 @@ def parallelize(
     target = Target(hardware, batch, sequence, memory, optimizer, uniform=uniform)
     program, request, example = _analysed(model, tp, example_inputs, degree, plan)
     costs = _costs(program, model, tp, target, example, example_inputs)
-    meta = [n for n, p in model.named_parameters() if p.is_meta]
-    if meta:
+    unknown = [n for n, b in model.named_buffers() if b.is_meta]
+    if unknown:
         raise AutoshardError(
-            f"{meta[0]} and {len(meta) - 1} other parameters are on the meta device: plan() works "
-            "there, parallelize() needs the weights; load or initialise them first"
+            f"the buffer {unknown[0]} and {len(unknown) - 1} others are on the meta device, and their "
+            "values may be in no file: build the model under autoshard.meta_parameters() in place of "
+            'torch.device("meta")'
         )
     keep = outputs_to_keep(program, model.training, logits)
     made, sharded = rewrite(program, tp, request, keep, costs, uniform)
@@ -103,7 +105,7 @@ def parallelize(
     _check_ranks(plan_hash(made, sharded), device_mesh)
     ranks = Mesh(device_mesh, tuple(made.degrees.values()))
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    agree(tensors, ranks)
+    agree({n: t for n, t in tensors.items() if not t.is_meta}, ranks)
     return ParallelModule(
         skeleton(model), program, made, sharded, ranks, tensors, example, logits, check_inputs
     )

@@ -18,6 +18,12 @@ def is_huggingface(model: nn.Module) -> bool:
     return transformers is not None and isinstance(model, transformers.PreTrainedModel)
 
 
+def body_prefix(model: nn.Module) -> str:
+    """What stands before the body's names in a model with a head; empty for other models."""
+    prefix = getattr(model, "base_model_prefix", "") if is_huggingface(model) else ""
+    return f"{prefix}." if prefix else ""
+
+
 def register_outputs(model: nn.Module) -> None:
     """Let ``torch.export`` look into the caches that the model returns."""
     if not is_huggingface(model):

@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import copy
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,12 +17,14 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.utils import _pytree as pytree
 
 from autoshard import parameters as stored_parameters
+from autoshard import weights
 from autoshard.agreement import InputCheck
 from autoshard.capture import Captured, hollowed, tied_names
 from autoshard.capture import skeleton as make_skeleton
 from autoshard.errors import AutoshardError
 from autoshard.finite import FiniteWatch
 from autoshard.groups import ProcessGroupComm
+from autoshard.huggingface import body_prefix
 from autoshard.inputs import normalized_inputs
 from autoshard.mesh import Mesh
 from autoshard.parameters import Stored
@@ -33,6 +36,7 @@ from autoshard.replay import Subject, verify_ranks
 from autoshard.replicas import check_replicas
 from autoshard.sharded import Sharded, SplitOutput
 from autoshard.verification import Report, output_names
+from autoshard.weights import Slot
 
 LOGITS = ("auto", "whole", "sharded")
 
@@ -86,6 +90,7 @@ class ParallelModule(nn.Module):
         self._compiled: dict[Any, list[Compiled]] = {}
         self._fits: dict[Any, Compiled] = {}
         self._names = tied_names(skeleton)
+        self._empty = {n for n, t in tensors.items() if t.is_meta}  # parameters without a value so far
         self._hold(skeleton, tensors)
         self.train(skeleton.training)
         self._last = self._bind(program, sharded)
@@ -125,6 +130,11 @@ class ParallelModule(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The model's forward: the same inputs, the same outputs, the same names."""
+        if self._empty:
+            raise AutoshardError(
+                f"{min(self._empty)} and {len(self._empty) - 1} other parameters have no values: the "
+                "model was built on the meta device; call load_weights or init_weights"
+            )
         key, flat = self._key(args, kwargs)
         known = self._known(key, flat)
         self.__dict__["_input_check"](known, args, kwargs, self.training)
@@ -143,6 +153,71 @@ class ParallelModule(nn.Module):
         ]
         return pytree.tree_unflatten(outputs, compiled.captured.out_spec)
 
+    def load_weights(self, path: str | Path, strict: bool = True) -> tuple[str, ...]:
+        """Read parameters and buffers from safetensors, each rank its rows; every rank calls it.
+
+        Args:
+            path: a file, or a folder with ``model.safetensors``, or with several files and their index.
+                Names are the model's, with or without the prefix of a Hugging Face model's body.
+            strict: what is in the files and not in the model is an error.
+
+        Returns:
+            The names of what is in the files only.
+
+        Raises:
+            CheckpointError: a damaged file, a tensor of another shape, a parameter that no file has.
+        """
+        aliases: dict[str, list[str]] = {}
+        for name, first in self._names.items():
+            aliases.setdefault(first, []).append(name)
+        required = [name for name, _ in self.named_parameters()]
+        prefix = body_prefix(self.__dict__["_skeleton"])
+        mesh: Mesh = self.__dict__["_mesh"]
+        rest = weights.load(Path(path), self._slots(), aliases, required, prefix, strict, mesh)
+        self._empty.clear()
+        return rest
+
+    def init_weights(self, init: Callable[[nn.Module], Any] | None = None) -> None:
+        """Draw the parameters as ``model.apply(init)`` would on one process, from torch's generator.
+
+        Every rank calls it with the same seed. One module's parameters are whole at a time, on the CPU.
+
+        Args:
+            init: of one module; the model's ``_init_weights``, or every module's ``reset_parameters``,
+                where not given.
+
+        Raises:
+            AutoshardError: parameters that it did not write and that have no value.
+        """
+        model = make_skeleton(self.__dict__["_skeleton"])
+        mesh: Mesh = self.__dict__["_mesh"]
+        whole = self.get_parameter
+        self._empty -= weights.draw_into(
+            model, init or weights.default_init(model), self._slots(), self._names, mesh,
+            lambda name: stored_parameters.whole(whole(name), self.share_of(name)),
+        )  # fmt: skip
+        if self._empty:
+            raise AutoshardError(
+                f"{min(self._empty)} and {len(self._empty) - 1} other parameters were not initialised: "
+                "pass an init= that writes them"
+            )
+
+    def save_pretrained(self, folder: str | Path, **options: Any) -> None:
+        """Write what ``from_pretrained`` of the model's class reads; every rank calls it.
+
+        Args:
+            folder: the first rank writes it.
+            options: of the model's own ``save_pretrained``.
+
+        Raises:
+            AttributeError: the model has no ``save_pretrained``.
+        """
+        skeleton: Any = self.__dict__["_skeleton"]
+        write = skeleton.save_pretrained
+        state = self.full_state_dict(rank0_only=True)
+        if state:
+            write(folder, state_dict=state, **options)
+
     def full_state_dict(self, rank0_only: bool = False) -> dict[str, Tensor]:
         """The model's own tensors, whole, under its own names and shapes. Every rank calls it.
 
@@ -153,7 +228,13 @@ class ParallelModule(nn.Module):
         mesh: Mesh = self.__dict__["_mesh"]
         keep = not rank0_only or (mesh.tp_rank == 0 and mesh.dp_rank == 0)
         result: dict[str, Tensor] = {}
-        for name, value in super().state_dict(keep_vars=True).items():
+        state = super().state_dict(keep_vars=True)
+        for name, value in state.items():
+            first = self._names.get(name, name)
+            if first != name and first in state:  # tied: one tensor
+                if keep:
+                    result[name] = result[first]
+                continue
             whole = stored_parameters.whole(_undo_state(self, name, value), self.share_of(name))
             if keep:
                 result[name] = whole.detach().cpu() if rank0_only else whole.detach()
@@ -305,6 +386,14 @@ class ParallelModule(nn.Module):
         """What a graph is captured for, shapes aside, and the flat inputs."""
         flat, spec = pytree.tree_flatten((args, kwargs))
         return (spec, self.training, tuple(_kind(leaf) for leaf in flat)), flat
+
+    def _slots(self) -> dict[str, Slot]:
+        """Every parameter's and buffer's memory on this rank."""
+        found: dict[str, Slot] = {}
+        for name, tensor in (*self.named_parameters(), *self.named_buffers()):
+            share = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+            found[name] = Slot(share.detach(), tensor.shape, self.share_of(name))
+        return found
 
     def _local(self, compiled: Compiled) -> dict[str, Tensor]:
         return stored_parameters.local(dict(self.named_parameters()))

@@ -24,8 +24,15 @@ Stored = tuple[int, layouts.Layout, int]  # dimension, layout, degree
 
 
 def make_parameter(whole: Tensor, stored: Stored | None, mesh: Mesh) -> Tensor:
-    """This rank's part of a whole parameter (or buffer) on the mesh's device."""
+    """This rank's part of a whole parameter on the mesh's device; room for it, if it is on meta."""
     share = whole.detach()
+    if share.is_meta:
+        shape = list(share.shape)
+        if stored is not None:
+            coordinate = mesh.group(stored[2]).coordinate
+            shape[stored[0]] = layouts.share_size(stored[1], coordinate)
+        share = torch.empty(shape, dtype=share.dtype, device=mesh.device)
+        return as_dtensor(share, whole.shape, stored, mesh)
     if stored is not None:
         share = layouts.local_part(share, stored[0], stored[1], mesh.group(stored[2]).coordinate)
     share = share.to(mesh.device, copy=True).contiguous()
