@@ -219,7 +219,7 @@ class ParallelModule(nn.Module):
             write(folder, state_dict=state, **options)
 
     def full_state_dict(self, rank0_only: bool = False) -> dict[str, Tensor]:
-        """The model's own tensors, whole, under its own names and shapes. Every rank calls it.
+        """Copies of the model's tensors, whole, under its own names and shapes. Every rank calls it.
 
         Args:
             rank0_only: other ranks get an empty dict, and nobody holds more than one whole tensor
@@ -235,9 +235,11 @@ class ParallelModule(nn.Module):
                 if keep:
                     result[name] = result[first]
                 continue
-            whole = stored_parameters.whole(_undo_state(self, name, value), self.share_of(name))
+            share = self.share_of(name)
+            whole = stored_parameters.whole(_undo_state(self, name, value), share).detach()
             if keep:
-                result[name] = whole.detach().cpu() if rank0_only else whole.detach()
+                own = whole.clone() if share is None else whole  # a later step must not change it
+                result[name] = own.cpu() if rank0_only else own
         return result
 
     def share_of(self, name: str) -> Stored | None:
