@@ -197,13 +197,16 @@ def _in_split(
 
     def run(rank: RankContext, module: fx.GraphModule, values: list[Any]) -> list[Any]:
         watches[rank.rank] = Watch(module, held, whole, lambda d: rank.group(d).coordinate)
-        return list(watches[rank.rank].run(*values))
+        watches[rank.rank].outputs = list(watches[rank.rank].run(*values))
+        return watches[rank.rank].outputs
 
     failure: Exception | None = None
     try:
         simulated(subject, program, sharded, plan, args, kwargs, run)
     except Exception as error:  # a wrong graph may well not run: what ran is compared all the same
         failure = error
+    if failure is not None and len(watches) < plan.tp:
+        raise failure
     shape = tp_mesh_shape(plan.tp, tuple({r.degree for r in plan.regions}))
     groups = {
         h.inside: ranks_of(shape, dims_of_degree(plan.tp, shape, h.inside)) for h in held.values()
@@ -221,8 +224,10 @@ def _in_split(
                 sorted(r for r, w in watches.items() if w.failed and w.failed[0] == node.name)
             )
             return _told(node, "forward", held, float("inf"), ranks, why.partition("\n")[0])
-    if failure is not None and not all(w.gradients for w in watches.values()):
-        raise failure
+    if failure is None:
+        wrong = _outputs(sharded, whole, watches, differing)
+        if wrong is not None:
+            return wrong
     total = _total(sharded.graph, held)
     for node in reversed(list(sharded.graph.nodes)):
         if node not in total:
@@ -235,6 +240,29 @@ def _in_split(
             return _told(node, "backward", held, max(errors.values(), key=order), ranks, note)
     if failure is not None:
         raise failure
+    return None
+
+
+def _outputs(
+    sharded: Sharded, whole: Values, watches: Mapping[int, Watch], differing: _Differing
+) -> Located | None:
+    """The first output that is not the model's though every value is: the wrong one is handed out."""
+    for place, (right, split) in enumerate(zip(whole.outputs, sharded.outputs, strict=True)):
+        if not isinstance(right, Tensor) or split is not None:
+            continue
+        errors = {
+            r: relative_error([w.outputs[place].detach()], right.detach(), 0.0)
+            for r, w in watches.items()
+        }
+        ranks = tuple(sorted(r for r, error in errors.items() if differing(error)))
+        if ranks:
+            node = next(n for n in reversed(sharded.graph.nodes) if n.op == "output")
+            given = node.args[0][place]
+            return Located(
+                "split", "forward", module_path(given), str(given), f"output {place}",
+                source_line(given), error=max(errors.values(), key=order), ranks=ranks,
+                note="another value is handed out than the model's",
+            )  # fmt: skip
     return None
 
 

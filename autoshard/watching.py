@@ -116,6 +116,7 @@ class Watch(_Nodes):
         errors: node -> relative error of this rank's value.
         partial: node -> this rank's part of a sum, to be added up with the others'.
         gradients: node -> the gradient that autograd gave this rank.
+        outputs: what the graph gave.
         failed: the node that could not be run, and why.
     """
 
@@ -128,6 +129,7 @@ class Watch(_Nodes):
         self.errors: dict[str, float] = {}
         self.partial: dict[str, Tensor] = {}
         self.gradients: dict[str, Tensor] = {}
+        self.outputs: list[Any] = []
         self.failed: tuple[str, Exception] | None = None
 
     def run_node(self, n: fx.Node) -> Any:
