@@ -113,7 +113,7 @@ def locate(
     original = Sharded(program.analysis.graph, {}, (), ())
     flat = pytree.tree_leaves((args, kwargs))
     whole = run_whole(
-        original.graph, placeholder_values(original, captured, own, buffers, cloned(flat))
+        original.graph, placeholder_values(original, captured, own, buffers, cloned(flat)), dtype
     )
     largest = largest_of({n: own[n].grad for n in parameters if own[n].grad is not None})  # type: ignore[misc]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +11,8 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from autoshard import capture as capturing
+from autoshard.autograd_functions import is_kept
+from autoshard.exactly import exactly
 from autoshard.measures import cloned, objective
 from autoshard.pipeline import Program
 from autoshard.plans import Plan
@@ -41,6 +44,8 @@ def simulated(
     buffers = {n: b.detach() for n, b in subject.named_buffers(remove_duplicate=False)}
     flat = pytree.tree_leaves((args, kwargs))
     degrees = tuple({r.degree for r in plan.regions})
+    python = any(is_kept(inner) for n in sharded.graph.nodes for inner in (n.target, *n.args))
+    dtype = next((p.dtype for p in whole.values() if p.is_floating_point()), torch.float32)
 
     def run(rank: RankContext) -> tuple[list[Any], dict[str, Tensor | None], dict[str, int]]:
         local: dict[str, Tensor] = {}
@@ -55,8 +60,10 @@ def simulated(
         module = rank_module(sharded, rank.group)
         own = {n: b.clone() for n, b in buffers.items()}
         values = placeholder_values(sharded, captured, local, own, cloned(flat))
-        result = list(module(*values) if call is None else call(rank, module, values))
-        objective(result).backward()
+        # What a function of the model's own calls is not in the graph, so not made exact there.
+        with exactly(dtype) if python else contextlib.nullcontext():
+            result = list(module(*values) if call is None else call(rank, module, values))
+            objective(result).backward()
         return (
             [r.detach() if isinstance(r, Tensor) else r for r in result],
             {n: local[n].grad for n in whole},

@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 from autoshard import ops
 from autoshard.analysis import AUTOCAST
 from autoshard.claims import is_comparable, share_of
+from autoshard.exactly import exactly
 from autoshard.groups import SingleGroup
 from autoshard.measures import FLOOR, magnitude, objective, relative_error
 from autoshard.proof.arguments import bound, is_random
@@ -52,11 +53,12 @@ class Values:
         return max((magnitude(v) for v in known if v is not None), default=0.0)
 
 
-def run_whole(graph: fx.Graph, values: Sequence[Any]) -> Values:
+def run_whole(graph: fx.Graph, values: Sequence[Any], dtype: torch.dtype) -> Values:
     """The model's own graph, forward and backward, every value and gradient kept."""
     found = Values([])
-    found.outputs = list(_Whole(graph, found).run(*values))
-    objective(found.outputs).backward()
+    with exactly(dtype):
+        found.outputs = list(_Whole(graph, found).run(*values))
+        objective(found.outputs).backward()
     return found
 
 
