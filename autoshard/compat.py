@@ -4,8 +4,8 @@
   FLOP counter) would be traced into the captured graph. There is no public way to step outside.
 - the code of ``torch.autograd.Function.apply`` (torch 2.13, Python 3.11): every call of a function
   runs it. Replacing the attribute would miss ``f = MyFunction.apply`` stored before.
-- ``AutogradFunctionVariable.call_apply`` (torch 2.13): strict capture reads a function's bytecode, keeps
-  its forward and drops its backward without a word; here it is noticed.
+- ``AutogradFunctionVariable.call_apply`` (torch 2.13): strict capture reads a function's bytecode,
+  keeps its forward and drops its backward without a word; here it is noticed.
 - ``DTensor._local_tensor``, ``DTensor._spec`` and the constructor (torch 2.11, 2.13): ``to_local``
   takes 150 us a parameter and step, forward and backward; ``shares`` takes 20.
 - ``_get_default_store`` (torch 2.13): the key-value store by which the ranks found each other. Another

@@ -208,8 +208,17 @@ def compare(
     output_errors = {
         names[i]: relative_error([rank[i] for rank in outputs], r.detach(), 0.0) for i, r in tensors
     }
-    report = judged(output_errors, gradient_errors, dtype, plan)
+    report = judged(output_errors, gradient_errors, _coarsest(program, dtype), plan)
     return replace(report, seconds=program.seconds)
+
+
+def _coarsest(program: Program, dtype: torch.dtype) -> torch.dtype:
+    """What the model computes in where that is coarser: it may cast, or autocast, to less."""
+    if dtype is torch.float64:  # casts are made exact
+        return dtype
+    values = (n.meta.get("val") for n in program.analysis.graph.nodes)
+    found = {v.dtype for v in values if isinstance(v, Tensor)} & set(TOLERANCE)
+    return max({dtype, *found}, key=lambda d: TOLERANCE[d])
 
 
 def judged(
