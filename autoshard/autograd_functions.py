@@ -1,134 +1,204 @@
-"""A model's own ``autograd.Function``: the capture keeps its forward and drops its backward.
+"""A model's own ``autograd.Function``: one opaque node of the captured graph, with its own backward.
 
-That is right where the backward is the derivative of the forward (a hand-written GELU), and silently
-wrong where it is not (a straight-through estimator). So each function met while capturing is
-judged: called on real random tensors of several scales, are its gradients those of its forward?
+Before: tracing would run a function's forward, keep its operators, and drop its backward::
+
+    x_round = aten.round(x)                # of a straight-through estimator: gradient 0
+
+After: every call of one class with the same other arguments is an operator of its own::
+
+    x_round = autograd_functions.Round_5d2c1f([x], [])   # calls Round.apply(x)
+
+It runs ``Function.apply`` itself, so it has the forward and the backward that the model has. It has no
+rule, so its operands are whole on every rank, and so are its results and gradients. What such a node
+cannot keep is refused by name.
 """
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import inspect
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import product
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from autoshard.compat import autograd_functions_applied
+from autoshard.compat import apply_function, autograd_functions_applied
+from autoshard.errors import CaptureError
 
-# A gradient may be clipped only where values are tiny or huge.
-SCALES = (1e-12, 1e-9, 1e-6, 1e-4, 1e-2, 1.0, 3.0, 30.0, 1e3, 1e6)
+NAMESPACE = "autograd_functions"
+PLAIN = (
+    type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.layout,
+    torch.memory_format, type(Ellipsis),
+)  # fmt: skip
+FIX = "Register it as an operator with torch.library.custom_op and register_autograd."
+
+_LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
+_KNOWN: dict[str, _Kept] = {}
+
+
+class _State(threading.local):
+    """tracing: a capture runs. apart: inside a function that is kept. place: who calls it."""
+
+    tracing, apart, place = False, False, ""
+
+
+_STATE = _State()
+
+
+class _Slot:
+    """Where a tensor, or a size that the graph computes, stands among the arguments."""
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+
+    def __repr__(self) -> str:
+        return self.kind
 
 
 @dataclass(frozen=True)
-class Met:
-    """One call of an ``autograd.Function``: the class, its arguments, tensors as meta tensors, and the
-    layer's class, file and line that calls it."""
+class _Kept:
+    """A class with all of its arguments but tensors and sizes, and how its results are put together."""
 
     function: type[torch.autograd.Function]
-    arguments: tuple[Any, ...]
-    place: str = ""
+    leaves: tuple[Any, ...]
+    spec: pytree.TreeSpec
+    results: list[pytree.TreeSpec]
 
-    @property
-    def name(self) -> str:
-        """The function's qualified name."""
-        return f"{self.function.__module__}.{self.function.__qualname__}"
-
-    def is_its_own_derivative(self) -> bool:
-        """Whether the backward gives the gradients of the forward's operators, in float64.
-
-        On arguments of several scales, integers and masks once 0 and once 1; a call that raises or
-        gives no finite number tells nothing, and one at least must tell.
-        """
-        told = False
-        for (seed, scale), fill in product(enumerate(SCALES), (0, 1)):
-            generator = torch.Generator().manual_seed(seed)
-            arguments = [_real(a, generator, scale, fill) for a in self.arguments]
-            try:
-                own = _gradients(self.function.apply, arguments)
-                derived = _gradients(self._forward, arguments)
-            except Exception:
-                continue
-            if len(own) != len(derived):
-                return False
-            for a, b in zip(own, derived, strict=True):
-                finite = a.isfinite() & b.isfinite()
-                told |= bool(finite.any()) or not a.numel()
-                a, b = a[finite], b[finite]
-                largest = float(b.abs().max()) if b.numel() else 0.0
-                if not torch.allclose(a, b, rtol=1e-6, atol=1e-9 * largest):
-                    return False
-        return told
-
-    def _forward(self, *arguments: Any) -> Any:
-        """The forward's operators, seen by autograd."""
-        if self.function.setup_context is not torch.autograd.Function.setup_context:
-            return self.function.forward(*arguments)
-        return self.function.forward(_Context(), *arguments)
+    def __call__(self, tensors: list[Tensor | None], sizes: list[int]) -> list[Tensor]:
+        """The results of ``apply``, tensors alone."""
+        own = {"tensor": iter(tensors), "size": iter(sizes)}
+        leaves = [next(own[x.kind]) if isinstance(x, _Slot) else x for x in self.leaves]
+        args, kwargs = pytree.tree_unflatten(leaves, self.spec)
+        given = [(t, t._version) for t in tensors if t is not None]
+        look = _Traced(self.function, [t for t, _ in given]) if _STATE.tracing else None
+        with _apart(), look or contextlib.nullcontext():
+            made = apply_function(self.function, *args, **kwargs)
+        if any(t._version != version for t, version in given):
+            raise CaptureError(_refusal(self.function, "writes into its arguments", _STATE.place))
+        flat, spec = pytree.tree_flatten(made)
+        if not all(isinstance(r, Tensor) for r in flat):
+            raise CaptureError(_refusal(self.function, "gives what is no tensor", _STATE.place))
+        if not self.results:
+            self.results.append(spec)
+        # What it hands on of its arguments is a value of its own.
+        return [r.view_as(r) if any(r is t for t, _ in given) else r for r in flat]
 
 
-class _Context:
-    """Takes what ``forward`` gives to ``ctx`` and forgets it."""
-
-    needs_input_grad = (True,) * 64
-
-    def save_for_backward(self, *tensors: Any) -> None:
-        """Nothing is kept."""
-
-    def mark_non_differentiable(self, *tensors: Any) -> None:
-        """Nothing is marked."""
-
-    def set_materialize_grads(self, value: bool) -> None:
-        """Nothing is set."""
-
-
-def _real(value: Any, generator: torch.Generator, scale: float, fill: int) -> Any:
-    if not isinstance(value, Tensor):
-        return value
-    if value.is_floating_point():
-        drawn = torch.randn(value.shape, generator=generator, dtype=torch.float64)
-        return (drawn * scale).requires_grad_()
-    return torch.full(value.shape, fill, dtype=value.dtype)
-
-
-def _gradients(function: Any, arguments: list[Any]) -> list[Tensor]:
-    copies = [
-        a.detach().clone().requires_grad_(a.requires_grad) if isinstance(a, Tensor) else a
-        for a in arguments
-    ]
-    results = [
-        r for r in pytree.tree_leaves(function(*copies)) if isinstance(r, Tensor) and r.requires_grad
-    ]
-    generator = torch.Generator().manual_seed(0)
-    loss = sum(
-        (r * torch.randn(r.shape, generator=generator, dtype=torch.float64)).sum() for r in results
-    )
-    leaves = [a for a in copies if isinstance(a, Tensor) and a.requires_grad]
-    if not isinstance(loss, Tensor) or not leaves:
-        return []
-    found = torch.autograd.grad(loss, leaves, allow_unused=True)
-    return [torch.zeros_like(x) if g is None else g for x, g in zip(leaves, found, strict=True)]
+def is_kept(target: Any) -> bool:
+    """Whether a node's target is a model's own function."""
+    return isinstance(target, torch._ops.OpOverload) and target.namespace == NAMESPACE
 
 
 @contextlib.contextmanager
-def noticed() -> Iterator[list[Met]]:
-    """Collect the model's own functions that are applied inside, one call of each class."""
-    met: dict[type, Met] = {}
-    found: list[Met] = []
+def kept() -> Iterator[None]:
+    """Inside, functions of the model's own that are applied become operators.
 
-    def notice(cls: Any, args: tuple[Any, ...]) -> None:
-        if not cls.__module__.startswith("torch.") and cls not in met:
-            met[cls] = Met(cls, tuple(_described(a) for a in args), _caller())
+    Raises CaptureError for one that takes a module, reads tensors that it is not given, writes into its
+    arguments, or draws random numbers.
+    """
+    with _set("tracing", True), autograd_functions_applied(_applied):
+        yield
 
+
+def _applied(cls: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    if cls.__module__.startswith("torch.") or _STATE.apart or not _STATE.tracing:
+        return apply_function(cls, *args, **kwargs)
+    place = _caller()
+    leaves, spec = pytree.tree_flatten((args, kwargs))
+    tensors: list[Tensor | None] = []
+    sizes: list[Any] = []
+    others: list[Any] = []
+    for leaf in leaves:
+        if isinstance(leaf, Tensor):
+            tensors.append(leaf)
+            others.append(_Slot("tensor"))
+        elif isinstance(leaf, torch.SymInt):
+            sizes.append(leaf)
+            others.append(_Slot("size"))
+        elif isinstance(leaf, PLAIN):
+            others.append(leaf)
+        else:
+            what = "a module" if isinstance(leaf, nn.Module) else f"a {type(leaf).__name__}"
+            raise CaptureError(
+                _refusal(cls, f"is given {what}, whose tensors would not be seen", place)
+            )
+    known = _operator(cls, tuple(others), spec)
+    with _set("place", place):
+        results = getattr(torch.ops.autograd_functions, known)(tensors, sizes)
+    return pytree.tree_unflatten(results, _KNOWN[known].results[0])
+
+
+def _operator(cls: Any, leaves: tuple[Any, ...], spec: pytree.TreeSpec) -> str:
+    """The operator of a class and its other arguments, made where there is none."""
+    for name, one in _KNOWN.items():
+        if one.function is cls and one.spec == spec and repr(one.leaves) == repr(leaves):
+            return name
+    # By what it is, not by what was captured before: all ranks must give it the same name.
+    digest = hashlib.sha256(f"{cls.__module__}.{cls.__qualname__} {leaves} {spec}".encode())
+    name = f"{cls.__name__}_{digest.hexdigest()[:6]}"
+    while name in _KNOWN:  # another class of the same name
+        name += "_"
+    made = _KNOWN[name] = _Kept(cls, leaves, spec, [])
+    _LIBRARY.define(f"{name}(Tensor?[] tensors, SymInt[] sizes) -> Tensor[]")
+    for key in ("CompositeExplicitAutograd", "Autograd", "Meta"):
+        _LIBRARY.impl(name, made, key)
+    return name
+
+
+class _Traced(TorchDispatchMode):
+    """Looks at what a function's forward does, while it is captured."""
+
+    def __init__(self, function: Any, given: list[Tensor]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.function = function
+        self.seen = {id(t): t for t in given}  # held, so that no other tensor gets an id of these
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        # Ranks would draw different numbers for what all of them hold.
+        if torch.Tag.nondeterministic_seeded in func.tags:
+            raise CaptureError(_refusal(self.function, f"draws random numbers ({func})", _STATE.place))
+        for tensor in pytree.tree_leaves((args, kwargs)):
+            new = func is torch.ops.aten.lift_fresh.default  # torch.tensor(1.0)
+            if isinstance(tensor, Tensor) and id(tensor) not in self.seen and not new:
+                why = f"reads a tensor {tuple(tensor.shape)} that is no argument of it"
+                raise CaptureError(_refusal(self.function, why, _STATE.place))
+        made = func(*args, **(kwargs or {}))
+        self.seen.update((id(t), t) for t in pytree.tree_leaves(made) if isinstance(t, Tensor))
+        return made
+
+
+def _refusal(function: Any, why: str, place: str) -> str:
+    name = f"{function.__module__}.{function.__qualname__}"
+    return f"{place} calls its own autograd.Function {name}, which {why}. {FIX}"
+
+
+def lost_in_strict(function: Any) -> str:
+    """Why a model that only strict capture takes, and that applies this function, is refused."""
+    why = "cannot be kept: the model is captured by its bytecode alone, since non-strict capture failed"
+    return _refusal(function, why, "the model")
+
+
+@contextlib.contextmanager
+def _set(name: str, value: Any) -> Iterator[None]:
+    before = getattr(_STATE, name, None)
+    setattr(_STATE, name, value)
     try:
-        with autograd_functions_applied(notice):
-            yield found
+        yield
     finally:
-        found.extend(met.values())
+        setattr(_STATE, name, before)
+
+
+def _apart() -> contextlib.AbstractContextManager[None]:
+    """Functions applied inside another are part of it."""
+    return _set("apart", True)
 
 
 def _caller() -> str:
@@ -141,10 +211,3 @@ def _caller() -> str:
             return f"{type(layer).__name__}.{frame.f_code.co_name} ({file}:{frame.f_lineno})"
         frame = frame.f_back
     return "the model"
-
-
-def _described(value: Any) -> Any:
-    if not isinstance(value, Tensor):
-        return value
-    shape = [s if isinstance(s, int) else s.node.hint for s in value.shape]
-    return torch.empty(shape, dtype=value.dtype, device="meta")

@@ -27,8 +27,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from autoshard import huggingface
-from autoshard.autograd_functions import noticed
-from autoshard.compat import without_modes
+from autoshard.autograd_functions import kept, lost_in_strict
+from autoshard.compat import autograd_functions_inlined, without_modes
 from autoshard.errors import CaptureError
 
 SMALL = 2**16  # elements
@@ -118,33 +118,29 @@ def capture(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
         around.enter_context(without_modes())
         around.enter_context(_AsEager())
         hooks = around.enter_context(_hooks_noticed())
-        functions = around.enter_context(noticed())
         try:
-            program = torch.export.export(
-                model, args, kwargs, dynamic_shapes=_by_name(model, shapes), strict=False
-            )
+            with kept():
+                program = torch.export.export(
+                    model, args, kwargs, dynamic_shapes=_by_name(model, shapes), strict=False
+                )
         except CaptureError:
             raise
         except Exception as error:
             try:
-                program = torch.export.export(
-                    model, args, kwargs, dynamic_shapes=_by_name(model, shapes), strict=True
-                )
+                with autograd_functions_inlined() as inlined:
+                    program = torch.export.export(
+                        model, args, kwargs, dynamic_shapes=_by_name(model, shapes), strict=True
+                    )
             except Exception:
                 raise CaptureError(_explain(error)) from error
+            if inlined:
+                raise CaptureError(lost_in_strict(inlined[0]) + "\n" + _explain(error)) from error
     if hooks:
         raise CaptureError(
             f"the model registers a hook on a gradient while it runs ({hooks[0]}); the capture has the "
             "forward alone and would drop it without a word. Write it as an operator with "
             "torch.library.custom_op and register_autograd."
         )
-    for function in functions:
-        if not function.is_its_own_derivative():
-            raise CaptureError(
-                f"{function.place} calls its own autograd.Function {function.name}, whose backward is "
-                "not the derivative of its forward; the capture would drop it without a word. Register "
-                "it as an operator with torch.library.custom_op and register_autograd."
-            )
     first = tied_names(model)
     parameters: dict[str, str] = {}
     buffers: dict[str, str] = {}

@@ -67,6 +67,9 @@ def _parser() -> argparse.ArgumentParser:
     check = commands.add_parser("verify", help="is the split model the same function?")
     _model(check)
     check.add_argument("--degree", default="max", help='"max" or a number')
+    check.add_argument(
+        "--locate", action="store_true", help="where it is not, name the first value that differs"
+    )
     check.set_defaults(run=_verify)
 
     calibrate = commands.add_parser("calibrate", help="measure this machine; under torchrun, its links")
@@ -274,10 +277,16 @@ def alternative_lines(found: dict[int, Predicted], chosen: int) -> list[str]:
 def _verify(options: argparse.Namespace) -> int:
     model, inputs = load_model(options.model, "cpu")
     degree = int(options.degree) if options.degree.isdecimal() else options.degree
-    report = verify(model, options.tp, inputs, degree=degree)
+    report = verify(model, options.tp, inputs, degree=degree, locate=options.locate)
     if options.json:
+        located = None if report.located is None else asdict(report.located)
         figures = {
             "ok": report.ok, "max_relative_error": _finite(report.max_relative_error),
+            "worst": report.worst, "worst_layer": report.worst_layer,
+            "tolerance": report.tolerance, "dtype": str(report.dtype).removeprefix("torch."),
+            "tp": report.plan.tp,
+            "located": located and {**located, "error": _finite(located["error"])},
+            "layers": {k: _finite(v) for k, v in report.layers.items()},
             "outputs": {k: _finite(v) for k, v in report.outputs.items()},
             "gradients": {k: _finite(v) for k, v in report.gradients.items()},
         }  # fmt: skip

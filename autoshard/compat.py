@@ -2,8 +2,10 @@
 
 - ``_disable_current_modes`` (torch 2.11, 2.13): a dispatch mode of the caller (``CommDebugMode``, a
   FLOP counter) would be traced into the captured graph. There is no public way to step outside.
-- ``torch.autograd.function._is_setup_context_defined`` (torch 2.11, 2.13): every ``Function.apply``
-  calls it. Replacing ``apply`` itself would miss ``f = MyFunction.apply`` stored before.
+- the code of ``torch.autograd.Function.apply`` (torch 2.13, Python 3.11): every call of a function
+  runs it. Replacing the attribute would miss ``f = MyFunction.apply`` stored before.
+- ``AutogradFunctionVariable.call_apply`` (torch 2.13): strict capture reads a function's bytecode,
+  keeps its forward and drops its backward without a word; here it is noticed.
 - ``DTensor._local_tensor``, ``DTensor._spec`` and the constructor (torch 2.11, 2.13): ``to_local``
   takes 150 us a parameter and step, forward and backward; ``shares`` takes 20.
 - ``_get_default_store`` (torch 2.13): the key-value store by which the ranks found each other. Another
@@ -17,13 +19,12 @@
 from __future__ import annotations
 
 import contextlib
-import sys
+import types
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import Any
 
 import torch
-import torch.autograd.function as autograd_function
 from torch import Tensor
 from torch import distributed as dist
 from torch.autograd.function import once_differentiable
@@ -39,25 +40,59 @@ def without_modes() -> Iterator[None]:
         yield
 
 
+class _Applied:
+    def apply(cls, *args, **kwargs):  # type: ignore[no-untyped-def]
+        __class__  # type: ignore[name-defined]  # noqa: B018  (the code that this one stands for has this one free variable)
+        import autoshard.compat
+
+        return autoshard.compat.applied(cls, args, kwargs)
+
+
+_CODE: Any = torch.autograd.Function.apply.__func__  # type: ignore[attr-defined]
+_APPLY = types.FunctionType(
+    _CODE.__code__, _CODE.__globals__, "apply", _CODE.__defaults__, _CODE.__closure__
+)
+applied: Callable[[Any, tuple[Any, ...], dict[str, Any]], Any] = lambda cls, args, kwargs: _APPLY(  # noqa: E731
+    cls, *args, **kwargs
+)
+
+
+def apply_function(cls: Any, *args: Any, **kwargs: Any) -> Any:
+    """``cls.apply(*args, **kwargs)``, whatever is installed."""
+    return _APPLY(cls, *args, **kwargs)
+
+
 @contextlib.contextmanager
 def autograd_functions_applied(
-    notice: Callable[[Any, tuple[Any, ...]], None],
+    instead: Callable[[Any, tuple[Any, ...], dict[str, Any]], Any],
 ) -> Iterator[None]:
-    """Call ``notice(class, arguments)`` for every ``autograd.Function`` that is applied inside."""
-    module: Any = autograd_function
-    original = module._is_setup_context_defined
-
-    def hook(setup_context: Any) -> Any:
-        inside_apply = sys._getframe(1).f_locals
-        if "cls" in inside_apply:
-            notice(inside_apply["cls"], tuple(inside_apply.get("args", ())))
-        return original(setup_context)
-
-    module._is_setup_context_defined = hook
+    """Inside, ``instead(class, args, kwargs)`` is called for every ``autograd.Function`` applied."""
+    global applied
+    before, code = applied, _CODE.__code__
+    applied, _CODE.__code__ = instead, _Applied.__dict__["apply"].__code__
     try:
         yield
     finally:
-        module._is_setup_context_defined = original
+        applied, _CODE.__code__ = before, code
+
+
+@contextlib.contextmanager
+def autograd_functions_inlined() -> Iterator[list[Any]]:
+    """The classes of the ``autograd.Function``s that strict capture met inside."""
+    from torch._dynamo.variables.misc import AutogradFunctionVariable as Variable
+
+    found: list[Any] = []
+    original: Any = Variable.call_apply
+
+    def call_apply(self: Any, *args: Any, **kwargs: Any) -> Any:
+        found.append(self.fn_cls)
+        return original(self, *args, **kwargs)
+
+    Variable.call_apply = call_apply  # type: ignore[method-assign]
+    try:
+        yield found
+    finally:
+        Variable.call_apply = original  # type: ignore[method-assign]
 
 
 def shares(parameters: list[DTensor]) -> list[Tensor]:

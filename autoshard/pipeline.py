@@ -23,11 +23,12 @@ from autoshard.passes.inline import inline
 from autoshard.passes.match import match
 from autoshard.passes.match_alone import match_alone
 from autoshard.passes.normalize import normalize
-from autoshard.passes.prove import prove
+from autoshard.passes.prove import placements, prove
 from autoshard.passes.shard import shard
 from autoshard.planning import Costs, planned
 from autoshard.plans import Plan
 from autoshard.progress import Stages
+from autoshard.proof.held import Held
 from autoshard.sharded import Sharded
 
 
@@ -131,7 +132,16 @@ def rewrite(
         with stages.stage("shard"):
             sharded = shard(analysis.graph, analysis.axes, assignment, keep_split)
         with stages.stage("prove"):
-            flows = analysis.axes.differentiable
-            inputs = {str(n.target) for n in flows if n.op == "placeholder"}
-            prove(analysis.graph, sharded, inputs)
+            prove(analysis.graph, sharded, _differentiable(analysis))
     return plan, sharded
+
+
+def held_by_ranks(program: Program, sharded: Sharded) -> dict[str, Held]:
+    """What each rank holds of every tensor of the rank's graph, as the proof finds it."""
+    analysis = program.analysis
+    return placements(analysis.graph, sharded, _differentiable(analysis))
+
+
+def _differentiable(analysis: Analysis) -> set[str]:
+    flows = analysis.axes.differentiable
+    return {str(n.target) for n in flows if n.op == "placeholder"}

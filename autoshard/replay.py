@@ -25,11 +25,12 @@ from autoshard.compat import shares
 from autoshard.errors import AutoshardError
 from autoshard.exactly import exactly
 from autoshard.groups import ProcessGroupComm
+from autoshard.measures import TOLERANCE, largest_of, objective, relative_error
 from autoshard.mesh import Mesh
 from autoshard.parameters import Stored
 from autoshard.plans import Plan
 from autoshard.rank import local_share
-from autoshard.verification import TOLERANCE, Report, judged, largest_of, objective, relative_error
+from autoshard.verification import Report, judged
 
 T = TypeVar("T")
 _Spec = tuple[torch.Size, torch.dtype] | None
@@ -105,7 +106,7 @@ def verify_ranks(
     worst = _worst(mesh, [*output_errors.values(), *gradient_errors.values()])
     output_errors = dict(zip(output_errors, worst, strict=False))
     gradient_errors = dict(zip(gradient_errors, worst[len(output_errors) :], strict=True))
-    return judged(output_errors, gradient_errors, TOLERANCE[dtype], subject.plan)
+    return judged(output_errors, gradient_errors, dtype, subject.plan)
 
 
 def _replayed(

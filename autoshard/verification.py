@@ -17,23 +17,20 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from autoshard import capture as capturing
-from autoshard.errors import AutoshardError
 from autoshard.exactly import default_dtype, edit_exactly, exactly
 from autoshard.inputs import normalized_inputs
+from autoshard.locate import Located
+from autoshard.locate import locate as first_difference
+from autoshard.measures import TOLERANCE, WHY, cloned, largest_of, objective, order, relative_error
 from autoshard.passes.assign_degrees import Request
+from autoshard.paths import layer_of
 from autoshard.pipeline import Program, analyse_each, rewrite
 from autoshard.plans import Plan
-from autoshard.rank import local_share, placeholder_values, rank_module, whole_tensor
+from autoshard.rehearsal import simulated
 from autoshard.rules.call import op_name
 from autoshard.sharded import Sharded
-from autoshard.simulate import RankContext, run_ranks
 
-TOLERANCE = {
-    torch.float64: 1e-10,
-    torch.float32: 1e-3,
-    torch.bfloat16: 1e-1,
-    torch.float16: 1e-1,
-}
+LISTED = 5  # layers in a printed report
 
 
 @dataclass(frozen=True)
@@ -47,7 +44,9 @@ class Report:
         gradients: parameter -> relative error of its gradient.
         tolerance: what ``ok`` was judged by.
         plan: the plan that was verified.
+        dtype: that the comparison was made in, on which the tolerance depends.
         seconds: of each stage of the capture, the analysis and the rewriting.
+        located: with ``locate=True`` and where not ok: the first place that differs; None else.
     """
 
     ok: bool
@@ -56,21 +55,56 @@ class Report:
     gradients: dict[str, float]
     tolerance: float
     plan: Plan
+    dtype: torch.dtype = torch.float64
     seconds: dict[str, float] = field(default_factory=dict)
+    located: Located | None = None
 
     @property
     def worst(self) -> str:
         """The output or parameter with the largest error."""
         everything = {**self.outputs, **self.gradients}
-        return max(everything, key=lambda name: _rank(everything[name]))
+        return max(everything, key=lambda name: order(everything[name]))
+
+    @property
+    def layers(self) -> dict[str, float]:
+        """Layer -> the largest error of its parameters' gradients, the worst first.
+
+        A layer is a numbered one (``transformer.h.0``); outside of these, the parameter's module.
+        """
+        return {layer: self.gradients[name] for layer, name in self._worst_of_layers().items()}
+
+    @property
+    def worst_layer(self) -> str:
+        """The layer whose parameters' gradients have the largest error; "" without parameters."""
+        return next(iter(self.layers), "")
+
+    def _worst_of_layers(self) -> dict[str, str]:
+        """Layer -> its parameter with the largest error, the worst layer first."""
+        found: dict[str, str] = {}
+        for name in sorted(self.gradients, key=lambda n: -order(self.gradients[n])):
+            found.setdefault(layer_of(name) or name.rpartition(".")[0], name)
+        return found
 
     def __str__(self) -> str:
         verdict = "the same function" if self.ok else "NOT the same function"
-        return (
+        lines = [
             f"{verdict}: largest relative error {self.max_relative_error:.2e} ({self.worst}), "
             f"tolerance {self.tolerance:.0e}, {len(self.outputs)} outputs, "
-            f"{len(self.gradients)} gradients, tp={self.plan.tp}"
-        )
+            f"{len(self.gradients)} gradients, tp={self.plan.tp}",
+            f"tolerance {self.tolerance:.0e}: {WHY[self.dtype]}",
+        ]
+        if self.located is not None:
+            lines.append(str(self.located))
+        worst = self._worst_of_layers()
+        rows = [
+            ("error", "where"),
+            *((f"{self.outputs[n]:.2e}", f"output {n}") for n in list(self.outputs)[:LISTED]),
+            *((f"{self.gradients[n]:.2e}", f"gradient of {n}") for n in list(worst.values())[:LISTED]),
+        ]
+        lines += [f"  {error:>8}  {where}" for error, where in rows]
+        if len(worst) > LISTED:
+            lines.append(f"  the gradients of the {LISTED} worst of {len(worst)} layers")
+        return "\n".join(lines)
 
 
 def verify(
@@ -80,6 +114,7 @@ def verify(
     degree: str | int = "max",
     plan: Plan | None = None,
     dtype: torch.dtype = torch.float64,
+    locate: bool = False,
 ) -> Report:
     """Compare the model split over ``tp`` simulated ranks with the model itself.
 
@@ -93,6 +128,8 @@ def verify(
         degree: ``"max"``, or a number.
         plan: a plan to verify instead.
         dtype: float64 shows 1e-16 of rounding and nothing else; lower ones their own.
+        locate: where the functions differ, find the first value or gradient that does, in one more
+            run in which every value is compared: ``report.located``.
 
     Raises:
         AutoshardError: the model cannot be captured or split.
@@ -101,7 +138,7 @@ def verify(
         raise ValueError(f'degree={degree!r} must be "max" or a number up to tp={tp}; or pass plan=')
     args, kwargs = normalized_inputs(model, example_inputs)
     request: Any = plan.degrees if plan is not None else degree
-    return next(verify_each(model, (tp,), args, kwargs, request, dtype))
+    return next(verify_each(model, (tp,), args, kwargs, request, dtype, locate))
 
 
 def verify_each(
@@ -111,6 +148,7 @@ def verify_each(
     kwargs: dict[str, Any],
     request: Request = "max",
     dtype: torch.dtype = torch.float64,
+    locate: bool = False,
 ) -> Iterator[Report]:
     """``verify`` over several numbers of ranks, the model captured once."""
     subject = perturbed(copy.deepcopy(model).to(dtype), seed=0)
@@ -125,6 +163,11 @@ def verify_each(
             plan, sharded = rewrite(program, tp, request)
             inputs = boundary_inputs(program, tp, args, kwargs)
             report = compare(subject, program, sharded, plan, *inputs, dtype)
+            if locate and not report.ok:
+                found = first_difference(
+                    subject, program, sharded, plan, *inputs, dtype, report.tolerance
+                )
+                report = replace(report, located=found)
         yield report
 
 
@@ -165,87 +208,26 @@ def compare(
     output_errors = {
         names[i]: relative_error([rank[i] for rank in outputs], r.detach(), 0.0) for i, r in tensors
     }
-    report = judged(output_errors, gradient_errors, TOLERANCE[dtype], plan)
+    report = judged(output_errors, gradient_errors, _coarsest(program, dtype), plan)
     return replace(report, seconds=program.seconds)
 
 
+def _coarsest(program: Program, dtype: torch.dtype) -> torch.dtype:
+    """What the model computes in where that is coarser: it may cast, or autocast, to less."""
+    if dtype is torch.float64:  # casts are made exact
+        return dtype
+    values = (n.meta.get("val") for n in program.analysis.graph.nodes)
+    found = {v.dtype for v in values if isinstance(v, Tensor)} & set(TOLERANCE)
+    return max({dtype, *found}, key=lambda d: TOLERANCE[d])
+
+
 def judged(
-    outputs: dict[str, float], gradients: dict[str, float], tolerance: float, plan: Plan
+    outputs: dict[str, float], gradients: dict[str, float], dtype: torch.dtype, plan: Plan
 ) -> Report:
     """The report of these relative errors."""
-    worst = max([0.0, *outputs.values(), *gradients.values()], key=_rank)
-    return Report(worst < tolerance, worst, outputs, gradients, tolerance, plan)
-
-
-def largest_of(gradients: Mapping[str, Tensor]) -> float:
-    """The largest absolute element: what a gradient that is truly zero is measured by."""
-    return max((g.abs().max().item() for g in gradients.values() if g.numel()), default=1.0)
-
-
-def simulated(
-    subject: nn.Module,
-    program: Program,
-    sharded: Sharded,
-    plan: Plan,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-) -> tuple[list[list[Any]], dict[str, list[Tensor]]]:
-    """Outputs by rank, and each parameter's gradient, whole, as each group of ranks holds it."""
-    captured = program.captured
-    stored = {captured.parameters[p]: share for p, share in sharded.stored.items()}
-    names = capturing.tied_names(subject)
-    whole = {n: p.detach() for n, p in subject.named_parameters()}
-    trained = {n for n, p in subject.named_parameters() if p.requires_grad}
-    buffers = {n: b.detach() for n, b in subject.named_buffers(remove_duplicate=False)}
-    flat = pytree.tree_leaves((args, kwargs))
-    degrees = tuple({r.degree for r in plan.regions})
-
-    def run(rank: RankContext) -> tuple[list[Any], dict[str, Tensor | None], dict[str, int]]:
-        local: dict[str, Tensor] = {}
-        places: dict[str, int] = {}
-        for name, value in whole.items():
-            share = stored.get(name)
-            if share is not None:
-                places[name] = rank.group(share[2]).coordinate
-                value = local_share(value, share, places[name])
-            local[name] = value.clone().requires_grad_(name in trained)
-        local.update({alias: local[n] for alias, n in names.items() if n in local})
-        module = rank_module(sharded, rank.group)
-        own = {n: b.clone() for n, b in buffers.items()}
-        values = placeholder_values(sharded, captured, local, own, cloned(flat))
-        result = list(module(*values))
-        objective(result).backward()
-        return (
-            [r.detach() if isinstance(r, Tensor) else r for r in result],
-            {n: local[n].grad for n in whole},
-            places,
-        )
-
-    ranks = run_ranks(run, plan.tp, degrees=degrees)
-    gradients: dict[str, list[Tensor]] = {}
-    for name, value in whole.items():
-        shares = [
-            torch.zeros_like(_share_like(value, stored.get(name), r[2].get(name, 0)))
-            if r[1][name] is None else r[1][name]
-            for r in ranks
-        ]  # fmt: skip
-        share = stored.get(name)
-        if share is None:
-            gradients[name] = [s for s in shares if s is not None]
-            continue
-        by_place: dict[int, list[Tensor]] = {}
-        for s, r in zip(shares, ranks, strict=True):
-            assert s is not None
-            by_place.setdefault(r[2][name], []).append(s)
-        copies = min(len(v) for v in by_place.values())
-        gradients[name] = [
-            whole_tensor([by_place[c][k] for c in range(share[2])], share) for k in range(copies)
-        ]
-    return [r[0] for r in ranks], gradients
-
-
-def _share_like(value: Tensor, share: Any, place: int) -> Tensor:
-    return value if share is None else local_share(value, share, place)
+    worst = max([0.0, *outputs.values(), *gradients.values()], key=order)
+    tolerance = TOLERANCE[dtype]
+    return Report(worst < tolerance, worst, outputs, gradients, tolerance, plan, dtype)
 
 
 def perturbed(model: nn.Module, seed: int) -> nn.Module:
@@ -298,51 +280,6 @@ def _source_input(node: fx.Node, places: Mapping[str, int]) -> int | None:
             return None
         node = node.all_input_nodes[0]
     return places[node.name]
-
-
-def objective(outputs: list[Any]) -> Tensor:
-    """A scalar that depends on every element of every differentiable output."""
-    total: Tensor | None = None
-    generator = torch.Generator().manual_seed(7)
-    for value in outputs:
-        if isinstance(value, Tensor) and value.is_floating_point():
-            weights = torch.randn(value.shape, generator=generator, dtype=torch.float64)
-            if not value.requires_grad:
-                continue
-            value = value.nan_to_num(0.0, 0.0, 0.0).double()
-            term = (value * (1 + weights.to(value.device))).sum()
-            total = term if total is None else total + term
-    if total is None:
-        raise AutoshardError("no output of the model depends on its parameters")
-    return total
-
-
-def relative_error(shares: list[Tensor], whole: Tensor, largest: float) -> float:
-    """``max|a - b| / max(max|b|, 1e-4 * largest)`` over all ranks."""
-    if not whole.numel():
-        return 0.0
-    worst = 0.0
-    for share in shares:
-        if share.shape != whole.shape:
-            return float("inf")
-        if not whole.is_floating_point():
-            worst = max(worst, 0.0 if torch.equal(share, whole) else float("inf"))
-            continue
-        same = (share == whole) | (share.isnan() & whole.isnan())
-        difference = torch.where(same, 0.0, (share - whole).abs().double()).max().item()
-        scale = max(torch.nan_to_num(whole).abs().max().item(), 1e-4 * largest)
-        error = difference / scale if scale else difference
-        worst = max(worst, error, key=_rank)
-    return worst
-
-
-def _rank(error: float) -> float:
-    return float("inf") if error != error else error
-
-
-def cloned(value: Any) -> Any:
-    """The same with tensors of its own."""
-    return pytree.tree_map_only(Tensor, lambda t: t.clone(), value)
 
 
 def output_names(program: Program, count: int) -> list[str]:

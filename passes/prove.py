@@ -25,6 +25,7 @@ from __future__ import annotations
 from torch import fx
 
 from autoshard.proof.calls import Calls
+from autoshard.proof.held import Held
 from autoshard.proof.walk import Proof
 from autoshard.sharded import Sharded
 
@@ -47,3 +48,13 @@ def prove(graph: fx.Graph, sharded: Sharded, differentiable_inputs: set[str]) ->
     for factor in FACTORS:
         Proof(graph, sharded, differentiable_inputs, factor, calls).run()
     return sharded
+
+
+def placements(graph: fx.Graph, sharded: Sharded, differentiable_inputs: set[str]) -> dict[str, Held]:
+    """What each rank holds of every tensor of a rewritten graph, by node, at the sizes captured.
+
+    Args and raises: as ``prove``.
+    """
+    proof = Proof(graph, sharded, differentiable_inputs, FACTORS[0], Calls())
+    proof.run()
+    return {n.name: held for n, held in proof.known.items() if isinstance(held, Held)}

@@ -14,6 +14,7 @@ import torch
 from autoshard.cli import load_model, main
 from autoshard.plans import Plan
 from benchmarks.models import Shape, build, tokens
+from tests.test_locate import Model, Otherwise, X
 
 FACTORY = f"{__name__}:gpt"
 SIZES = ["--hardware", "h200", "--batch", "8", "--sequence", "1024"]
@@ -77,6 +78,28 @@ def test_verify(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["verify", f"{__name__}:tiny", "--tp", "2", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["ok"] and found["max_relative_error"] < 1e-10 and found["gradients"]
+
+
+def otherwise() -> Any:
+    """A model whose capture is not itself."""
+    return Model(Otherwise(gradient_only=False)), X
+
+
+def test_verify_of_another_function(capsys: pytest.CaptureFixture[str]) -> None:
+    """Exit status 1, the worst layer, and with --locate the first place that differs."""
+    arguments = ["verify", f"{__name__}:otherwise", "--tp", "2"]
+    assert main(arguments) == 1
+    text = capsys.readouterr().out
+    assert text.startswith("NOT the same function") and "tolerance 1e-10: in float64" in text
+    assert "gradient of layers.1." in text and "first difference" not in text
+    assert main([*arguments, "--locate"]) == 1
+    assert "the first difference is at layers.1.op" in capsys.readouterr().out
+    assert main([*arguments, "--locate", "--json"]) == 1
+    found = json.loads(capsys.readouterr().out)
+    assert not found["ok"] and found["dtype"] == "float64" and found["tolerance"] == 1e-10
+    assert found["located"]["stage"] == "capture" and found["located"]["layer"] == "layers.1.op"
+    assert set(found["layers"]) == {"layers.0", "layers.1"}
+    assert found["worst_layer"] == next(iter(found["layers"]))
 
 
 def test_a_config_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

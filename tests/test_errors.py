@@ -12,7 +12,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate
 
@@ -236,126 +235,6 @@ def test_strict_refuses_unknown_operators(call: Callable[..., Any]) -> None:
     """The same words as an error."""
     with pytest.raises(UnknownOperatorError, match=r"1 operators? .*double_up.*test_errors\.py"):
         call(MLP(unknown), 1, INPUT, strict=True)
-
-
-# The model's own autograd functions
-
-
-class Round(torch.autograd.Function):
-    """Rounds; its backward passes the gradient straight through."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return x.round()
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        return grad
-
-
-class Halved(torch.autograd.Function):
-    """The identity; half of the gradient."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        return grad / 2
-
-
-class BoundedRoot(torch.autograd.Function):
-    """A square root whose gradient is bounded, which shows only where x is tiny."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        """The root."""
-        ctx.save_for_backward(x)
-        return x.sqrt()
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        """At most 500."""
-        (x,) = ctx.saved_tensors
-        out: Tensor = grad / (4 * x).clamp(min=1e-6).sqrt()
-        return out
-
-
-class Swish(torch.autograd.Function):
-    """x·sigmoid(x) with its derivative written out."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
-        return x * x.sigmoid()
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        (x,) = ctx.saved_tensors
-        s: Tensor = x.sigmoid()
-        return grad * s * (1 + x * (1 - s))
-
-
-class NewSwish(Swish):
-    """The same in the style that functorch asks for."""
-
-    @staticmethod
-    def forward(x: Tensor) -> Tensor:  # type: ignore[override]
-        return x * x.sigmoid()
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        ctx.save_for_backward(*inputs)
-
-
-def _called(function: Any) -> Callable[[Tensor], Tensor]:
-    """The function looked up when it is called; ``function.apply`` is it looked up before."""
-    return lambda x: function.apply(x)
-
-
-@pytest.mark.parametrize("function", [Round, Halved, BoundedRoot])
-@pytest.mark.parametrize("how", ["called", "stored"])
-def test_a_backward_that_is_no_derivative_is_refused(function: Any, how: str) -> None:
-    """The capture would drop it: by name, also where ``f = Function.apply`` was stored before."""
-    apply = _called(function) if how == "called" else function.apply
-    with pytest.raises(CaptureError, match=rf"MLP.forward .*{function.__name__}.*custom_op"):
-        autoshard.plan(MLP(apply), 2, INPUT, degree="max")
-
-
-class Masked(torch.autograd.Function):
-    """acos(x) where a mask of integers says so; a backward that is a constant."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, mask: Tensor) -> Tensor:
-        ctx.save_for_backward(mask)
-        return (x / 100).acos() * mask
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return grad * ctx.saved_tensors[0] * -0.0101, None
-
-
-def test_a_mask_does_not_hide_a_wrong_backward() -> None:
-    """Both gradients are 0 where it is 0, and NaN where acos is; the scale that tells decides."""
-
-    def masked(x: Tensor) -> Tensor:
-        out: Tensor = Masked.apply(x, torch.ones_like(x, dtype=torch.int64))
-        return out
-
-    with pytest.raises(CaptureError, match="Masked"):
-        autoshard.plan(MLP(masked), 2, INPUT, degree="max")
-
-
-@pytest.mark.parametrize("function", [Swish, NewSwish])
-@pytest.mark.parametrize("how", ["called", "stored"])
-def test_a_backward_that_is_the_derivative_is_accepted(function: Any, how: str) -> None:
-    """Its forward is split like any other code, and the gradients are right."""
-    apply = _called(function) if how == "called" else function.apply
-    report = autoshard.verify(MLP(apply), 2, INPUT)
-    assert report.ok, report
-    assert report.plan.sharded_fraction == 1.0
 
 
 # What stands under no_grad

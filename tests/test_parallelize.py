@@ -29,7 +29,7 @@ from torch.distributed.tensor.parallel import loss_parallel
 from torch.utils import _pytree as pytree
 
 import autoshard
-from autoshard import parameters, pipeline, verification
+from autoshard import measures, parameters, pipeline, rehearsal
 from autoshard.capture import Captured
 from autoshard.exactly import edit_exactly, exactly
 from autoshard.module import plan_hash
@@ -392,9 +392,9 @@ def simulated(name: str, tp: int, degrees: dict[str, int]) -> dict[str, float]:
     model, batch = sample(name)
     tp_model = split(model, tp, batch, degrees, logits="whole")
     outputs = pytree.tree_leaves(tp_model(**batch))
-    verification.objective(outputs).backward()
+    measures.objective(outputs).backward()
     compiled = tp_model._last
-    expected, expected_gradients = verification.simulated(
+    expected, expected_gradients = rehearsal.simulated(
         model, compiled.program, compiled.sharded, tp_model.plan, (), batch
     )
     rank = dist.get_rank()

@@ -152,15 +152,17 @@ def is_tensor(value: Any) -> bool:
 
 def where(node: fx.Node) -> str:
     """An operator's place for messages: ``aten.softmax at transformer.h.0.attn (model.py:57)``."""
-    layer = module_path(node)
-    line = ""
-    trace = node.meta.get("stack_trace") or ""
-    for row in reversed(trace.splitlines()):
+    line = source_line(node)
+    return f"{node.target} at {module_path(node) or 'the model'}{line and f' ({line})'}"
+
+
+def source_line(node: fx.Node) -> str:
+    """The innermost line of the model that the node was traced from: ``model.py:57``, or nothing."""
+    for row in reversed((node.meta.get("stack_trace") or "").splitlines()):
         if 'File "' in row:
             file, _, rest = row.partition('File "')[2].partition('", line ')
-            line = f" ({file.rpartition('/')[2]}:{rest.split(',')[0].strip()})"
-            break
-    return f"{node.target} at {layer or 'the model'}{line}"
+            return f"{file.rpartition('/')[2]}:{rest.split(',')[0].strip()}"
+    return ""
 
 
 def traced_call(
