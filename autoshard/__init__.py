@@ -3,6 +3,7 @@
 tp_model = autoshard.parallelize(model, tp=8)
 """
 
+from autoshard.adafactor import Adafactor
 from autoshard.api import parallelize, plan
 from autoshard.checkpoints import async_save, load, save
 from autoshard.errors import (
@@ -25,6 +26,7 @@ from autoshard.weights import meta_parameters
 __version__ = "0.1.0"
 
 __all__ = [
+    "Adafactor",
     "AutoshardError",
     "CaptureError",
     "CheckpointError",

@@ -72,6 +72,19 @@ def sgd(model: nn.Module) -> dict[str, Any]:
     return _train(model, torch.optim.SGD(model.parameters(), lr=1e-1, momentum=0.9, nesterov=True))
 
 
+def adafactor(model: nn.Module) -> dict[str, Any]:
+    """Factored statistics, of the fused weight too: torch's own on one process."""
+    kind = autoshard.Adafactor if isinstance(model, autoshard.ParallelModule) else torch.optim.Adafactor
+    # A key's bias has no gradient but rounding, which a smaller eps would scale up to a step.
+    optimizer = kind(model.parameters(), lr=1e-1, weight_decay=0.1, eps=(1e-6, 1e-3))
+    found = _train(model, optimizer)
+    name = "transformer.h.0.attn.c_attn.weight"
+    moments = optimizer.state[model.get_parameter(name)]
+    share = model.share_of(name) if isinstance(model, autoshard.ParallelModule) else None
+    rows = autoshard.parameters.whole(moments["row_var"], share)
+    return {**found, "rows": rows.clone(), "columns": whole(moments["col_var"]).clone()}
+
+
 def clipped(model: nn.Module) -> dict[str, Any]:
     """Gradients of two batches added up, their norm clipped: the norm is the single process's."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
@@ -126,7 +139,16 @@ def scheduled(model: nn.Module) -> dict[str, Any]:
 
 SCRIPTS: dict[str, Callable[[nn.Module], dict[str, Any]]] = {
     f.__name__: f
-    for f in (adamw_foreach, adamw_fused, sgd, clipped, groups_and_frozen, averaged, scheduled)
+    for f in (
+        adamw_foreach,
+        adamw_fused,
+        sgd,
+        adafactor,
+        clipped,
+        groups_and_frozen,
+        averaged,
+        scheduled,
+    )
 }
 
 
