@@ -17,7 +17,8 @@ Proven::
     addmm_1_reduce  all of it on every rank; its gradient is whole
     addmm_1_add     the original addmm_1
 
-After: the same graph.
+After: the same graph. Where parts of it are computed again in the backward pass, the graph with these
+parts put back is compared with the proven one.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from __future__ import annotations
 from torch import fx
 
 from autoshard.proof.calls import Calls
+from autoshard.proof.nested import same_as_flat
 from autoshard.proof.walk import Proof
 from autoshard.sharded import Sharded
 
@@ -46,4 +48,6 @@ def prove(graph: fx.Graph, sharded: Sharded, differentiable_inputs: set[str]) ->
     calls = Calls()
     for factor in FACTORS:
         Proof(graph, sharded, differentiable_inputs, factor, calls).run()
+    if sharded.nested is not None:
+        same_as_flat(sharded.nested, sharded.graph)
     return sharded
