@@ -139,9 +139,10 @@ def _is_light(node: fx.Node) -> bool:
         return not isinstance(args[1], fx.Node)
     if target in LIGHT or not _gives_tensors(node):
         return True
-    if not isinstance(target, torch._ops.OpOverload) or target._schema.is_mutable:
-        return False
-    return target._schema.arguments[0].alias_info is not None if target._schema.arguments else False
+    if not isinstance(target, torch._ops.OpOverload) or target._schema.name == "aten::to":
+        return False  # a cast may keep more than what it casts
+    arguments = target._schema.arguments
+    return bool(arguments) and arguments[0].alias_info is not None  # a view
 
 
 def _gives_tensors(node: fx.Node) -> bool:
