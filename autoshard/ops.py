@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.utils.checkpoint import checkpoint, noop_context_fn
+from torch.utils.checkpoint import checkpoint
 
 from autoshard.failures import Line, line_of_graph
 from autoshard.groups import Group
@@ -117,14 +117,11 @@ def checkpointed(
     """
     if not torch.is_grad_enabled():
         return body(*operands)
+    again = partial(checkpoint, body, *operands, use_reentrant=False, preserve_rng_state=False)
+    if not streams:
+        return cast(tuple[T, ...], again())
     contexts = partial(checkpoint_contexts, [group.stream for group in streams])
-    return cast(
-        tuple[T, ...],
-        checkpoint(
-            body, *operands, use_reentrant=False, preserve_rng_state=False,
-            context_fn=contexts if streams else noop_context_fn,
-        ),
-    )  # fmt: skip
+    return cast(tuple[T, ...], again(context_fn=contexts))
 
 
 def vocab_embedding(

@@ -27,8 +27,8 @@ After::
     out = operator.getitem(part_1, 0)
     out_reduce = ops.reduce(out, tp2, True)
 
-with the five calls from ``norm`` to ``out`` in the graph ``checkpoint_1``. Where nothing is split a layer
-is one part and keeps its input, as in PyTorch. The second argument names the groups whose random
+with the five calls from ``norm`` to ``out`` in the graph ``checkpoint_1``. Where nothing is split a
+layer is one part and keeps its input, as in PyTorch. The second argument names the groups whose random
 streams the part draws from. No value changes: ``proof/nested.py`` puts the parts back and compares.
 """
 
@@ -43,7 +43,7 @@ from torch import fx
 
 from autoshard import ops, shares
 from autoshard.analysis import CHECKPOINT
-from autoshard.memory import storage, written
+from autoshard.memory import Overwritten
 from autoshard.paths import layer_call
 from autoshard.sharded import Nested, Sharded
 
@@ -84,16 +84,10 @@ class _Part:
     nodes: list[fx.Node] = field(default_factory=list)
 
 
-def _overwritten(graph: fx.Graph) -> set[fx.Node]:
-    """Values in memory that is written at some time (buffers, inputs): by the recomputation it is."""
-    memory = {storage(w) for n in graph.nodes if (w := written(n)) is not None} - {None}
-    return {n for n in graph.nodes if storage(n) in memory}
-
-
 def _parts(graph: fx.Graph, layers: bool) -> list[list[fx.Node]]:
     """The parts, each of consecutive nodes."""
     parts = [_Part(None)]
-    overwritten = _overwritten(graph)
+    overwritten = Overwritten(graph)
     for node in graph.nodes:
         part, key = parts[-1], _key(node, layers)
         if node.op != "call_function":
@@ -111,7 +105,7 @@ def _parts(graph: fx.Graph, layers: bool) -> list[list[fx.Node]]:
         operator_, _ = _call(node)
         if operator_ in COLLECTIVES:
             parts.append(_Part(key, tail=True))
-        elif _writes(node) or overwritten.intersection((node, *node.all_input_nodes)):
+        elif _writes(node) or overwritten.reads(node):
             parts.append(_Part(key))
         elif key is not None and not (part.tail and not part.nodes and _is_light(node)):
             part.nodes.append(node)
@@ -176,7 +170,8 @@ def _nested(graph: fx.Graph, parts: list[list[fx.Node]]) -> Nested:
             call = new.create_node(
                 "call_function", ops.checkpointed, args, {}, name=f"part_{index}"
             )
-            call.meta = {k: v for k, v in part[0].meta.items() if k in ("nn_module_stack", "stack_trace")}
+            place_in_model = ("nn_module_stack", "stack_trace")
+            call.meta = {k: v for k, v in part[0].meta.items() if k in place_in_model}
             for place, result in enumerate(results):
                 env[result] = new.create_node(
                     "call_function", operator.getitem, (call, place), {}, name=result.name

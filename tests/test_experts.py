@@ -58,7 +58,6 @@ class Experts(nn.Module):
             out.index_add_(0, rows, (inner @ self.down[expert]) * gates[:, expert, None])
         return out
 
-
     def sorted(self, tokens: Tensor, gates: Tensor) -> Tensor:
         """The same, each expert on its own tokens, as many as the data say."""
         weights, chosen = gates.topk(2, -1)

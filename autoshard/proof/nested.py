@@ -16,6 +16,7 @@ from torch import fx
 
 from autoshard import ops
 from autoshard.errors import UnsoundGraphError
+from autoshard.memory import Overwritten
 from autoshard.proof.arguments import same, writes
 from autoshard.sharded import Nested
 
@@ -31,7 +32,8 @@ class _Comparison:
     def __init__(self, nested: Nested, flat: fx.Graph) -> None:
         self.nested = nested
         self.expected: Iterator[fx.Node] = iter(flat.nodes)
-        self.overwritten = {
+        self.overwritten = Overwritten(flat)
+        self.reduced_in_place = {
             n.args[0] for n in flat.nodes if n.target is ops.reduce and n.args[2:] == (True,)
         }
 
@@ -73,10 +75,8 @@ class _Comparison:
             raise UnsoundGraphError(f"{call} has {len(operands)} operands for {len(placeholders)}")
         inner = {p: env[o] for p, o in zip(placeholders, operands, strict=True)}
         for operand in inner.values():
-            if operand in self.overwritten:
-                raise UnsoundGraphError(
-                    f"{call} reads {operand}, which is overwritten before it runs again"
-                )
+            if operand in self.reduced_in_place:
+                raise UnsoundGraphError(f"{call} reads {operand}, of which a sum takes the memory")
         set_back = {env[s] for s in streams}
         for node in body.nodes:
             if node.op == "placeholder":
@@ -88,6 +88,6 @@ class _Comparison:
             drawn = DRAWN.get(proven.target)
             if drawn is not None and proven.args[drawn] not in {None, *set_back}:
                 raise UnsoundGraphError(f"{call} draws from a stream that is not set back ({node})")
-            if writes(proven):
-                raise UnsoundGraphError(f"{call} writes in place each time that it runs ({node})")
+            if writes(proven) or self.overwritten.reads(proven):
+                raise UnsoundGraphError(f"{call} runs again with what is overwritten ({node})")
         raise UnsoundGraphError(f"{call} gives nothing")

@@ -166,9 +166,7 @@ class GPT(nn.Module):
 
         if targets is not None:
             logits = self.lm_head(x)
-            loss = F.cross_entropy(
-                logits.view(-1, logits.size(-1)), targets.view(-1), ignore_index=-1
-            )
+            loss = F.cross_entropy(logits.view(-1, logits.size(-1)), targets.view(-1), ignore_index=-1)
         else:
             logits = self.lm_head(x[:, [-1], :])
             loss = None
@@ -186,9 +184,7 @@ def without_targets(
     return {"idx": torch.randint(model.config.vocab_size, shape, generator=generator)}
 
 
-def inputs(
-    model: nn.Module, *, batch: int = 3, length: int = 10, seed: int = 0
-) -> dict[str, Tensor]:
+def inputs(model: nn.Module, *, batch: int = 3, length: int = 10, seed: int = 0) -> dict[str, Tensor]:
     """Draw token ids, and targets of which some are -1."""
     given = without_targets(model, batch=batch, length=length, seed=seed)
     targets = given["idx"].roll(-1, dims=1)

@@ -174,9 +174,7 @@ def _draw(*names: str, source_length: int = 2) -> Inputs:
 def _encoder(*, batch_first: bool, norm_first: bool) -> Build:
     def build(attention: str = "sdpa", *, dropout: float = 0.1, seed: int = 0) -> nn.Module:
         def construct() -> nn.Module:
-            return EncoderLMWithLoss(
-                batch_first=batch_first, norm_first=norm_first, dropout=dropout
-            )
+            return EncoderLMWithLoss(batch_first=batch_first, norm_first=norm_first, dropout=dropout)
 
         return seeded(construct, seed)
 
@@ -209,9 +207,7 @@ def _layer_cases() -> list[Case]:
             decoder = _decoder(batch_first=batch_first, norm_first=norm_first)
             kind = f"{layout}-{place}"
             cases.append(Case(f"encoder-{kind}", encoder, _draw("ids", "labels"), ("sdpa",)))
-            cases.append(
-                Case(f"decoder-{kind}", decoder, _draw("source", "ids", "labels"), ("sdpa",))
-            )
+            cases.append(Case(f"decoder-{kind}", decoder, _draw("source", "ids", "labels"), ("sdpa",)))
     return cases
 
 

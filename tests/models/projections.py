@@ -69,9 +69,7 @@ class PerHead(nn.Module):
     def __init__(self, spec: Spec) -> None:
         super().__init__()
         self.head_dim = spec.head_dim
-        self.query_key_value = nn.Linear(
-            spec.hidden, 3 * spec.heads * spec.head_dim, bias=spec.bias
-        )
+        self.query_key_value = nn.Linear(spec.hidden, 3 * spec.heads * spec.head_dim, bias=spec.bias)
 
     def forward(self, states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         shape = (*states.shape[:-1], -1, 3 * self.head_dim)

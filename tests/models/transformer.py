@@ -76,9 +76,7 @@ class RandomTransformer(nn.Module):
         super().__init__()
         self.spec = spec
         self.embedding = nn.Embedding(spec.vocabulary, spec.hidden)
-        self.positions = (
-            nn.Embedding(MAX_LENGTH, spec.hidden) if spec.positions == "learned" else None
-        )
+        self.positions = nn.Embedding(MAX_LENGTH, spec.hidden) if spec.positions == "learned" else None
         self.score_bias = score_bias(spec)
         self.blocks = nn.ModuleList(BLOCKS[spec.block](spec) for _ in range(spec.layers))
         self.norm = nn.Identity() if spec.block == "post" else norm(spec, spec.hidden)
