@@ -11,7 +11,7 @@
 - ``_set_pg_timeout`` and a backend's ``options`` (torch 2.13): a mesh gives its groups the backend's
   default timeout (30 minutes), whatever ``init_process_group`` was told.
 - ``torch.utils.checkpoint.CheckpointFunction`` and ``_checkpoint_without_reentrant_generator`` (torch
-  2.11, 2.13): what ``checkpoint`` calls, by name. Models hold ``checkpoint`` itself since their import.
+  2.13): what ``checkpoint`` calls, by name. Models hold ``checkpoint`` itself since their import.
 - ``UntypedStorage._cdata`` (torch 2.11, 2.13): which traced tensors share memory. Traced storages have
   no address, and storages do not compare.
 """

@@ -26,6 +26,7 @@ from autoshard.proof.nested import same_as_flat
 from autoshard.sharded import Nested, Sharded
 from benchmarks.live_bytes import LiveBytes
 from tests.distributed import run_distributed
+from tests.models.huggingface import case
 
 WIDTH, HEADS, LAYERS, VOCAB = 32, 4, 2, 64
 
@@ -215,6 +216,29 @@ def test_reentrant_calls_have_gradients() -> None:
     """Traced as it is, what runs under a reentrant checkpoint has none."""
     report = autoshard.verify(built("reentrant"), 2, batches(1)[0])
     assert report.ok, report
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "reentrant"), [("gpt2", False), ("llama-kv4", True)])
+def test_hugging_face(name: str, reentrant: bool) -> None:
+    """``gradient_checkpointing_enable`` in train mode: noticed, and the same gradients."""
+    model = case(name).build("sdpa", dropout=0.0).double().train()
+    layers = model.config.num_hidden_layers
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    inputs = case(name).inputs(model)
+    report = autoshard.verify(model, 2, inputs)
+    assert report.ok, report
+    tp_model = autoshard.parallelize(model, 1, inputs)
+    assert sum(n.target is ops.checkpointed for n in tp_model.graph.nodes) == layers
+    kept = []
+    for each in (model, tp_model):
+        with LiveBytes() as live:
+            loss = each(**inputs).loss
+            kept.append(live.now)
+            loss.backward()
+    gradients = [{n: p.grad for n, p in each.named_parameters()} for each in (tp_model, model)]
+    torch.testing.assert_close(*gradients)
+    assert kept[1] < 1.1 * kept[0], kept
 
 
 def test_train_and_eval() -> None:
