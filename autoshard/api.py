@@ -104,6 +104,11 @@ def parallelize(
     keep = outputs_to_keep(program, model.training, logits)
     again = model.training and checkpoint == "layer"
     made, sharded = rewrite(program, tp, request, keep, costs, uniform, again)
+    if again and sharded.nested is None:
+        raise AutoshardError(
+            'checkpoint="layer" finds no numbered layers (h.0, layers.0, ...) of more than one operator '
+            "in this model: put its layers in an nn.ModuleList, or call torch.utils.checkpoint in it"
+        )
     _check_plan(made, tp, strict)
     _check_ranks(plan_hash(made, sharded), device_mesh)
     ranks = Mesh(device_mesh, tuple(made.degrees.values()))

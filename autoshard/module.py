@@ -81,7 +81,7 @@ class ParallelModule(nn.Module):
         self.__dict__["_input_check"] = InputCheck(check_inputs, skeleton.forward, mesh)
         self.plan = plan
         self.logits = logits
-        self.checkpoint = checkpoint
+        self._checkpoint = checkpoint
         self._stored: dict[str, Stored] = {
             program.captured.parameters[p]: share for p, share in sharded.stored.items()
         }
@@ -335,7 +335,7 @@ class ParallelModule(nn.Module):
             r.name: self.plan.degrees.get(r.name, _tied_degree(self.plan, program, r.name))
             for c in program.analysis.candidates for r in c.regions
         }  # fmt: skip
-        again = self.training and self.checkpoint == "layer"
+        again = self.training and self._checkpoint == "layer"
         _, sharded = rewrite(program, self.plan.tp, degrees, keep, layers_again=again)
         lying = {program.captured.parameters[p]: s for p, s in sharded.stored.items()}
         used = {program.captured.parameters[n.name] for n in program.analysis.axes.parameters}

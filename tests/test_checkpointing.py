@@ -289,6 +289,13 @@ def test_check_finite_looks_at_each_value_once() -> None:
         tp_model(*batches(1)[0])
 
 
+def test_a_model_without_layers_is_told_so() -> None:
+    """Nothing would be computed again, and nobody would notice."""
+    model, x = Stateful(False), torch.randn(6, 8)
+    with pytest.raises(autoshard.AutoshardError, match="no numbered layers"):
+        autoshard.parallelize(model, 1, (x,), checkpoint="layer")
+
+
 class Stateful(nn.Module):
     """A checkpointed part with running statistics, a counter, autocast, and a mask made in place."""
 
