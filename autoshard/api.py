@@ -106,7 +106,7 @@ def parallelize(
     made, sharded = rewrite(program, tp, request, keep, costs, uniform, again)
     if again and sharded.nested is None:
         raise AutoshardError(
-            'checkpoint="layer" finds no numbered layers (h.0, layers.0, ...) of more than one operator '
+            'checkpoint="layer" finds no numbered layers (h.0, layers.0, ...) of several operators '
             "in this model: put its layers in an nn.ModuleList, or call torch.utils.checkpoint in it"
         )
     _check_plan(made, tp, strict)
