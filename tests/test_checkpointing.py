@@ -185,6 +185,7 @@ def same(a: Step, b: Step) -> None:
     torch.testing.assert_close(a.gradients, b.gradients, rtol=0, atol=0)
 
 
+@pytest.mark.slow
 def test_one_process() -> None:
     """Nothing split: bit for bit the step without, dropout and accumulation included; less is kept."""
     plain = step(split(built(None), 1))
@@ -200,6 +201,7 @@ def test_one_process() -> None:
         assert "class checkpoint_0" in tp_model.print_readable(False)
 
 
+@pytest.mark.slow
 def test_nested_calls() -> None:
     """The outermost counts; tensors that are closed over, keywords, several results."""
     model = built("nested", 0.0, torch.float64)
@@ -269,6 +271,7 @@ def test_backward_twice() -> None:
         torch.testing.assert_close(parameter.grad, 2 * once[name], rtol=0, atol=0)
 
 
+@pytest.mark.slow
 def test_check_finite_looks_at_each_value_once() -> None:
     """The node is named as without, and the same is drawn."""
     tp_model, plain = split(built(None), 1, "layer"), split(built(None), 1)
