@@ -23,6 +23,7 @@ from autoshard.rules.call import Dims
 
 # What every symbolic size counts as when candidates are ranked: traced sizes are tiny.
 NOMINAL = 1024
+CHECKPOINT = "checkpoint"  # node.meta: which call of torch.utils.checkpoint it was traced in
 AUTOCAST = "autocast"  # node.meta: device type, dtype, enabled, cache_enabled
 
 

@@ -42,6 +42,7 @@ def parallelize(
     device: torch.device | str | None = None,
     logits: str = "auto",
     strict: bool = False,
+    checkpoint: str | None = None,
     check_inputs: bool | str = "first",
 ) -> ParallelModule:
     """Split a model over ``tp`` ranks inside its layers; called on every rank.
@@ -73,6 +74,9 @@ def parallelize(
         check_inputs: compare the inputs of a call among the ranks of each tensor parallel group, and
             raise on all of them where they differ: ``True``: every call; ``"first"``: the first three
             of every captured graph; ``False``: none. A call that is compared waits for the device once.
+        checkpoint: ``"layer"``: in train mode the activations of every numbered layer are computed
+            again in the backward pass; no collective of the forward is repeated, and dropout draws the
+            same. None: only of what the model itself runs under ``torch.utils.checkpoint``.
 
     Returns:
         A module with the model's inputs, outputs, and parameter names.
@@ -89,7 +93,7 @@ def parallelize(
     if logits not in LOGITS:
         raise ValueError(f"logits={logits!r} must be one of {', '.join(LOGITS)}")
     device_mesh = init_mesh(tp, mesh, device)
-    target = Target(hardware, batch, sequence, memory, optimizer, uniform=uniform)
+    target = Target(hardware, batch, sequence, memory, optimizer, checkpoint, uniform)
     program, request, example = _analysed(model, tp, example_inputs, degree, plan)
     costs = _costs(program, model, tp, target, example, example_inputs)
     unknown = [n for n, b in model.named_buffers() if b.is_meta]
@@ -100,14 +104,29 @@ def parallelize(
             'torch.device("meta")'
         )
     keep = outputs_to_keep(program, model.training, logits)
-    made, sharded = rewrite(program, tp, request, keep, costs, uniform)
+    again = model.training and checkpoint == "layer"
+    made, sharded = rewrite(program, tp, request, keep, costs, uniform, again)
+    if again and sharded.nested is None:
+        raise AutoshardError(
+            'checkpoint="layer" finds no numbered layers (h.0, layers.0, ...) of several operators '
+            "in this model: put its layers in an nn.ModuleList, or call torch.utils.checkpoint in it"
+        )
     _check_plan(made, tp, strict)
     _check_ranks(plan_hash(made, sharded), device_mesh)
     ranks = Mesh(device_mesh, tuple(made.degrees.values()))
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     agree({n: t for n, t in tensors.items() if not t.is_meta}, ranks)
     return ParallelModule(
-        skeleton(model), program, made, sharded, ranks, tensors, example, logits, check_inputs
+        skeleton(model),
+        program,
+        made,
+        sharded,
+        ranks,
+        tensors,
+        example,
+        logits,
+        check_inputs,
+        checkpoint,
     )
 
 

@@ -12,6 +12,7 @@ import copy
 import functools
 import inspect
 import io
+import itertools
 import logging
 import warnings
 from collections.abc import Callable, Iterator
@@ -22,13 +23,15 @@ import torch
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.export.graph_signature import InputKind
+from torch.fx import traceback
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from autoshard import huggingface
+from autoshard.analysis import CHECKPOINT
 from autoshard.autograd_functions import kept, lost_in_strict
-from autoshard.compat import autograd_functions_inlined, without_modes
+from autoshard.compat import autograd_functions_inlined, checkpoints_entered, without_modes
 from autoshard.errors import CaptureError
 
 SMALL = 2**16  # elements
@@ -117,6 +120,7 @@ def capture(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
         around.enter_context(_quiet())
         around.enter_context(without_modes())
         around.enter_context(_AsEager())
+        around.enter_context(checkpoints_entered(_marks()))
         hooks = around.enter_context(_hooks_noticed())
         try:
             with kept():
@@ -161,6 +165,7 @@ def capture(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
         else:
             raise CaptureError(f"an input of kind {spec.kind} ({spec.target}) is not supported")
     graph = copy.deepcopy(program.graph_module).graph
+    _marked(graph)
     assert program.call_spec.out_spec is not None
     return Captured(
         graph, parameters, buffers, constants, tuple(inputs), program.call_spec.out_spec,
@@ -188,6 +193,42 @@ class _AsEager(TorchFunctionMode):
             if not (given.arguments["p"] and given.arguments["training"]):
                 return given.arguments["input"]
         return func(*args, **(kwargs or {}))
+
+
+def _marks() -> Callable[[], contextlib.AbstractContextManager[None]]:
+    """A context for each call of ``torch.utils.checkpoint``: nodes traced inside have its number.
+
+    Of nested calls the outermost counts: its recomputation covers the inner ones.
+    """
+    calls = itertools.count()
+    inside = False
+
+    @contextlib.contextmanager
+    def mark() -> Iterator[None]:
+        nonlocal inside
+        if inside:
+            yield
+            return
+        inside = True
+        try:
+            with traceback.preserve_node_meta(), traceback.annotate({CHECKPOINT: next(calls)}):
+                yield
+        finally:
+            inside = False
+
+    return mark
+
+
+def _marked(graph: fx.Graph) -> None:
+    """Marks of the tracer become the nodes' own; in nested graphs too."""
+    for node in graph.nodes:
+        call = node.meta.pop("custom", {}).get(CHECKPOINT)
+        if call is not None:
+            node.meta[CHECKPOINT] = call
+        if node.op == "get_attr" and graph.owning_module is not None:
+            inner = getattr(graph.owning_module, str(node.target), None)
+            if isinstance(inner, fx.GraphModule):
+                _marked(inner.graph)
 
 
 def _symbolic(value: Any) -> Any:

@@ -12,6 +12,8 @@
   one would need a port of its own.
 - ``_set_pg_timeout`` and a backend's ``options`` (torch 2.13): a mesh gives its groups the backend's
   default timeout (30 minutes), whatever ``init_process_group`` was told.
+- ``torch.utils.checkpoint.CheckpointFunction`` and ``_checkpoint_without_reentrant_generator`` (torch
+  2.13): what ``checkpoint`` calls, by name. Models hold ``checkpoint`` itself since their import.
 - ``UntypedStorage._cdata`` (torch 2.11, 2.13): which traced tensors share memory. Traced storages have
   no address, and storages do not compare.
 """
@@ -25,6 +27,7 @@ from datetime import timedelta
 from typing import Any
 
 import torch
+import torch.utils.checkpoint
 from torch import Tensor
 from torch import distributed as dist
 from torch.autograd.function import once_differentiable
@@ -93,6 +96,31 @@ def autograd_functions_inlined() -> Iterator[list[Any]]:
         yield found
     finally:
         Variable.call_apply = original  # type: ignore[method-assign]
+
+
+@contextlib.contextmanager
+def checkpoints_entered(
+    around: Callable[[], contextlib.AbstractContextManager[None]],
+) -> Iterator[None]:
+    """Have ``torch.utils.checkpoint`` do no more than call its function, inside ``around()``."""
+    module: Any = torch.utils.checkpoint
+    reentrant, other = module.CheckpointFunction, module._checkpoint_without_reentrant_generator
+
+    class Plain:
+        @staticmethod
+        def apply(function: Callable[..., Any], preserve: bool, *args: Any) -> Any:
+            with around():
+                return function(*args)
+
+    def plain(*args: Any, **kwargs: Any) -> Iterator[None]:
+        with around():
+            yield
+
+    module.CheckpointFunction, module._checkpoint_without_reentrant_generator = Plain, plain
+    try:
+        yield
+    finally:
+        module.CheckpointFunction, module._checkpoint_without_reentrant_generator = reentrant, other
 
 
 def shares(parameters: list[DTensor]) -> list[Tensor]:

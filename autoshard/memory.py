@@ -5,6 +5,7 @@ The traced (fake) tensors keep their storages: two values share memory exactly w
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -32,6 +33,30 @@ def written(node: fx.Node) -> fx.Node | None:
             value = node.args[index] if index < len(node.args) else node.kwargs.get(argument.name)
             return value if isinstance(value, fx.Node) else None
     return None
+
+
+class Overwritten:
+    """Which values of a graph change after a node has read them, so that it must not run again.
+
+    Memory made in the graph changes until its last write; that of buffers and inputs in the next call.
+    """
+
+    def __init__(self, graph: fx.Graph) -> None:
+        self._place = {node: place for place, node in enumerate(graph.nodes)}
+        self._last: dict[int | None, float] = {}
+        for node in graph.nodes:
+            target = written(node)
+            if target is not None:
+                self._last[storage(target)] = self._place[node]
+        for node in graph.nodes:
+            if node.op == "placeholder" and storage(node) in self._last:
+                self._last[storage(node)] = math.inf
+        self._last.pop(None, None)
+
+    def reads(self, node: fx.Node) -> bool:
+        """Whether a value that the node reads or gives is written after it."""
+        values = (node, *node.all_input_nodes)
+        return any(self._last.get(storage(v), -1) > self._place[node] for v in values)
 
 
 def is_off(node: fx.Node) -> bool:

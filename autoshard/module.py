@@ -77,6 +77,7 @@ class ParallelModule(nn.Module):
         example: tuple[tuple[Any, ...], dict[str, Any]],
         logits: str = "auto",
         check_inputs: bool | str = "first",
+        checkpoint: str | None = None,
     ) -> None:
         super().__init__()
         self.__dict__["_skeleton"] = skeleton
@@ -84,6 +85,7 @@ class ParallelModule(nn.Module):
         self.__dict__["_input_check"] = InputCheck(check_inputs, skeleton.forward, mesh)
         self.plan = plan
         self.logits = logits
+        self._checkpoint = checkpoint
         self._stored: dict[str, Stored] = {
             program.captured.parameters[p]: share for p, share in sharded.stored.items()
         }
@@ -102,8 +104,8 @@ class ParallelModule(nn.Module):
 
     @property
     def graph(self) -> fx.Graph:
-        """The rewritten graph of this rank."""
-        return self._last.sharded.graph
+        """The rewritten graph of this rank; parts that are computed again stand in it as one call."""
+        return self._last.sharded.runs
 
     @property
     def mesh(self) -> DeviceMesh | None:
@@ -146,7 +148,7 @@ class ParallelModule(nn.Module):
         if watch is None:
             results = compiled.module(*values)
         else:
-            results = watch.run(compiled.module, compiled.captured.parameters, values)
+            results = watch.run(self._flat(compiled), compiled.captured.parameters, values)
         outputs = [
             result if split is None else self._split_output(result, split)
             for result, split in zip(results, compiled.sharded.outputs, strict=True)
@@ -435,7 +437,8 @@ class ParallelModule(nn.Module):
             r.name: self.plan.degrees.get(r.name, _tied_degree(self.plan, program, r.name))
             for c in program.analysis.candidates for r in c.regions
         }  # fmt: skip
-        _, sharded = rewrite(program, self.plan.tp, degrees, keep)
+        again = self.training and self._checkpoint == "layer"
+        _, sharded = rewrite(program, self.plan.tp, degrees, keep, layers_again=again)
         lying = {program.captured.parameters[p]: s for p, s in sharded.stored.items()}
         used = {program.captured.parameters[n.name] for n in program.analysis.axes.parameters}
         for name in used:
@@ -449,11 +452,18 @@ class ParallelModule(nn.Module):
 
     def _bind(self, program: Program, sharded: Sharded) -> Compiled:
         mesh: Mesh = self.__dict__["_mesh"]
-        place_on(sharded.graph, mesh.device)
+        place_on(sharded, mesh.device)
         program.captured.constants.update(
             {n: t.to(mesh.device) for n, t in program.captured.constants.items()}
         )
         return Compiled(program, sharded, rank_module(sharded, mesh.group))
+
+    def _flat(self, compiled: Compiled) -> fx.GraphModule:
+        """The graph with nothing computed again: the same values, each to be looked at once."""
+        if compiled.sharded.nested is None:
+            return compiled.module
+        mesh: Mesh = self.__dict__["_mesh"]
+        return rank_module(compiled.sharded, mesh.group, flat=True)
 
     def _split_output(self, share: Tensor, split: SplitOutput) -> Tensor:
         mesh: Mesh = self.__dict__["_mesh"]
@@ -510,8 +520,10 @@ def outputs_to_keep(program: Program, training: bool, logits: str) -> tuple[int,
 
 def plan_hash(plan: Plan, sharded: Sharded | None = None) -> str:
     """What must be the same on all ranks: the plan and the rewritten graph."""
-    nodes = sharded.graph.nodes if sharded is not None else ()
-    graph = [n.format_node() for n in nodes]
+    graphs = [] if sharded is None else [sharded.graph]
+    if sharded is not None and sharded.nested is not None:
+        graphs += [sharded.nested.graph, *sharded.nested.bodies.values()]
+    graph = [n.format_node() for g in graphs for n in g.nodes]
     text = f"{plan.tp} {plan.fingerprint} {sorted(plan.degrees.items())} {graph}"
     return hashlib.sha256(text.encode()).hexdigest()
 

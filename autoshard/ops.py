@@ -17,15 +17,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ParamSpec, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
 
 from autoshard.failures import Line, line_of_graph
 from autoshard.groups import Group
+from autoshard.random_streams import checkpoint_contexts
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -100,6 +103,25 @@ def with_autocast(
     device, dtype, enabled, cache = modes
     with torch.autocast(device, dtype, enabled, cache):
         return op(*args, **kwargs) if group is None else group.stream.run(op, *args, **kwargs)
+
+
+def checkpointed(
+    body: Callable[..., tuple[T, ...]], streams: tuple[Group, ...], *operands: Any
+) -> tuple[T, ...]:
+    """`body(*operands)`, computed again in the backward pass: of its values only `operands` are kept.
+
+    body: communicates in its backward pass only, so that what is computed again needs no other rank.
+    streams: the groups whose random numbers it draws; the second time it draws the same, and the
+    streams go on afterwards as if nothing had been drawn. The second run stops at the last value that
+    a gradient needs, so the last matmul is not run again. Where no gradients are taken: `body` itself.
+    """
+    if not torch.is_grad_enabled():
+        return body(*operands)
+    again = partial(checkpoint, body, *operands, use_reentrant=False, preserve_rng_state=False)
+    if not streams:
+        return cast(tuple[T, ...], again())
+    contexts = partial(checkpoint_contexts, [group.stream for group in streams])
+    return cast(tuple[T, ...], again(context_fn=contexts))
 
 
 def vocab_embedding(

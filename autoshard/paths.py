@@ -24,3 +24,12 @@ def module_path(node: fx.Node) -> str:
         return ""
     path, _ = list(stack.values())[-1]
     return str(path).partition("@")[0]
+
+
+def layer_call(node: fx.Node) -> tuple[str, ...] | None:
+    """The repeated layer that a node was traced in, and which of the layer's calls; None outside."""
+    layer = layer_of(module_path(node))
+    if layer is None:
+        return None
+    calls = node.meta["nn_module_stack"].items()  # the key of a second call ends with @1
+    return layer, *(str(key) for key, (path, _) in calls if str(path).partition("@")[0] == layer)

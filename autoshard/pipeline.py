@@ -1,7 +1,7 @@
 """The pipeline: what happens to a model, top to bottom.
 
 capture -> inline -> functionalize -> normalize -> assign_axes -> match
--> (workload -> costs, for degree="auto") -> assign_degrees -> shard -> prove
+-> (workload -> costs, for degree="auto") -> assign_degrees -> shard -> checkpoint -> prove
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from autoshard.analysis import Analysis
 from autoshard.capture import Captured, capture
 from autoshard.passes.assign_axes import assign_axes
 from autoshard.passes.assign_degrees import Request
+from autoshard.passes.checkpoint import checkpoint
 from autoshard.passes.decompose_norms import decompose_norms, fuse_unsplit
 from autoshard.passes.functionalize import functionalize
 from autoshard.passes.inline import inline
@@ -118,12 +119,15 @@ def rewrite(
     keep_split: Collection[int] = (),
     costs: Costs | None = None,
     uniform: bool = False,
+    layers_again: bool = False,
 ) -> tuple[Plan, Sharded]:
     """Decide the degrees, write the rank's graph, and prove it.
 
     Args:
         costs: for ``request="auto"``, and for what the plan says of time and memory.
         uniform: ``"auto"`` takes the degrees 1 and ``tp`` only.
+        layers_again: the activations of all layers are computed again (``checkpoint="layer"``), not
+            only what the model runs under ``torch.utils.checkpoint``.
     """
     analysis = program.analysis
     with Stages(program.seconds, ("plan", "shard", "prove")) as stages:
@@ -131,6 +135,7 @@ def rewrite(
             plan, assignment = planned(analysis, tp, request, costs, uniform)
         with stages.stage("shard"):
             sharded = shard(analysis.graph, analysis.axes, assignment, keep_split)
+            sharded = checkpoint(sharded, layers_again)
         with stages.stage("prove"):
             prove(analysis.graph, sharded, _differentiable(analysis))
     return plan, sharded

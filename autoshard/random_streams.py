@@ -158,22 +158,35 @@ def checkpoint_contexts(
         checkpoint(layer, x, use_reentrant=False, context_fn=partial(checkpoint_contexts, streams))
     """
     used = list(streams)
-    saved: list[dict[str, Any]] = []
+    first = _First(used)
+    return first, _Again(used, first)
 
-    @contextlib.contextmanager
-    def first() -> Iterator[None]:
-        saved[:] = [stream.state_dict() for stream in used]
-        yield
 
-    @contextlib.contextmanager
-    def again() -> Iterator[None]:
-        now = [stream.state_dict() for stream in used]
-        for stream, state in zip(used, saved, strict=True):
+class _First(contextlib.AbstractContextManager[None]):
+    """Remembers where the streams stand as the block begins."""
+
+    def __init__(self, streams: list[RandomStream]) -> None:
+        self.streams, self.states = streams, list[dict[str, Any]]()
+
+    def __enter__(self) -> None:
+        self.states = [stream.state_dict() for stream in self.streams]
+
+    def __exit__(self, *raised: object) -> None:
+        return None
+
+
+class _Again(contextlib.AbstractContextManager[None]):
+    """The streams stand there again, and afterwards where they stood. Entered once per backward pass
+    over the same graph (`retain_graph`)."""
+
+    def __init__(self, streams: list[RandomStream], first: _First) -> None:
+        self.streams, self.first, self.now = streams, first, list[dict[str, Any]]()
+
+    def __enter__(self) -> None:
+        self.now = [stream.state_dict() for stream in self.streams]
+        for stream, state in zip(self.streams, self.first.states, strict=True):
             stream.load_state_dict(state)
-        try:
-            yield
-        finally:
-            for stream, state in zip(used, now, strict=True):
-                stream.load_state_dict(state)
 
-    return first(), again()
+    def __exit__(self, *raised: object) -> None:
+        for stream, state in zip(self.streams, self.now, strict=True):
+            stream.load_state_dict(state)

@@ -19,22 +19,33 @@ from autoshard.sharded import Sharded
 _CODEGEN = threading.Lock()
 
 
-def rank_module(sharded: Sharded, group: Callable[[int], Group]) -> fx.GraphModule:
-    """The graph with its groups bound: a GraphModule over placeholder values, in order."""
-    attributes = {
-        str(node.target): group(int(str(node.target)[2:]))
-        for node in sharded.graph.nodes
-        if node.op == "get_attr"
-    }
+def rank_module(sharded: Sharded, group: Callable[[int], Group], flat: bool = False) -> fx.GraphModule:
+    """The graph with its groups bound: a GraphModule over placeholder values, in order.
+
+    flat: nothing is computed again; every node stands in the one graph.
+    """
+    graph = sharded.graph if flat else sharded.runs
+    bodies = {} if flat or sharded.nested is None else sharded.nested.bodies
     with _CODEGEN:  # naming nodes is not safe among threads
-        module = fx.GraphModule(attributes, sharded.graph, class_name="RankGraph")
+        attributes: dict[str, Any] = {
+            name: fx.GraphModule({}, body, class_name="CheckpointedGraph")
+            for name, body in bodies.items()
+        }
+        for node in graph.nodes:
+            if node.op == "get_attr" and str(node.target) not in attributes:
+                attributes[str(node.target)] = group(int(str(node.target)[2:]))
+        module = fx.GraphModule(attributes, graph, class_name="RankGraph")
+    for name in bodies:
+        know(getattr(module, name))
     know(module)
     return module
 
 
-def place_on(graph: fx.Graph, device: torch.device) -> None:
-    """Devices that the capture wrote into the graph become the rank's."""
-    for node in graph.nodes:
+def place_on(sharded: Sharded, device: torch.device) -> None:
+    """Devices that the capture wrote into the graphs become the rank's."""
+    nested = sharded.nested
+    inner = () if nested is None else (nested.graph, *nested.bodies.values())
+    for node in (n for graph in (sharded.graph, *inner) for n in graph.nodes):
         if node.op == "call_function":
             node.args, node.kwargs = pytree.tree_map_only(
                 torch.device, lambda _: device, (tuple(node.args), dict(node.kwargs))

@@ -117,10 +117,24 @@ def _replayed(
     args, kwargs = pytree.tree_map_only(Tensor, lambda t: t.to(device), (_own(args), _own(kwargs)))
     for name, parameter in whole.items():
         parameter.requires_grad_(subject.parameters[name].requires_grad)
-    outputs = pytree.tree_leaves(functional_call(subject.model, {**whole, **buffers}, args, kwargs))
-    objective(outputs).backward()
+    tensors = {f"model.{name}": t for name, t in {**whole, **buffers}.items()}
+    outputs = functional_call(_Step(subject.model), tensors, (args, kwargs))
     gradients = {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in whole.items()}
     return [r.detach() if isinstance(r, Tensor) else r for r in outputs], gradients
+
+
+class _Step(nn.Module):
+    """Forward and backward: what is checkpointed reads the parameters again in the backward pass."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+        """The model's flat outputs."""
+        outputs = pytree.tree_leaves(self.model(*args, **kwargs))
+        objective(outputs).backward()
+        return outputs
 
 
 @contextlib.contextmanager

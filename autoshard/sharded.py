@@ -20,6 +20,19 @@ class SplitOutput:
 
 
 @dataclass(frozen=True)
+class Nested:
+    """A graph in which parts are one call each, of ``ops.checkpointed`` with the graph of the part.
+
+    Attributes:
+        graph: what is called; the parts are attributes ``checkpoint_0``, ``checkpoint_1``, ...
+        bodies: attribute -> the graph of that part, which gives a tuple.
+    """
+
+    graph: fx.Graph
+    bodies: Mapping[str, fx.Graph]
+
+
+@dataclass(frozen=True)
 class Sharded:
     """The rank's graph.
 
@@ -28,9 +41,17 @@ class Sharded:
         stored: parameter placeholder -> (dimension, layout, degree) where it is stored split.
         outputs: one entry per flat output, None where it is whole.
         degrees: degrees of the groups that the graph uses.
+        nested: the same graph, node for node, with the parts whose activations are computed again as
+            graphs of their own; None where there are none.
     """
 
     graph: fx.Graph
     stored: Mapping[str, tuple[int, Layout, int]]
     outputs: tuple[SplitOutput | None, ...]
     degrees: tuple[int, ...]
+    nested: Nested | None = None
+
+    @property
+    def runs(self) -> fx.Graph:
+        """The graph that a rank runs."""
+        return self.graph if self.nested is None else self.nested.graph

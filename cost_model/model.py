@@ -17,7 +17,19 @@ from autoshard.cost_model import formulas
 from autoshard.cost_model.formulas import COMMUNICATION, COMPUTE, MEMORY
 from autoshard.cost_model.hardware import Hardware
 from autoshard.cost_model.search import Hub, Option, search
-from autoshard.cost_model.work import Attention, D, Item, Phase, Product, Unit, Work, Workload
+from autoshard.cost_model.work import (
+    Attention,
+    Collective,
+    D,
+    Item,
+    Phase,
+    Product,
+    Size,
+    Unit,
+    Work,
+    Workload,
+    again,
+)  # fmt: skip
 from autoshard.plans import Predicted
 
 Expr: TypeAlias = Any
@@ -169,11 +181,10 @@ class CostModel:
         return self._known[key]
 
     def _predicted(self, work: Work, degree: int) -> Predicted:
-        again = 2 if self.setting.checkpoint and work.in_layer else 1
-        times = [(again, self._phase(work.forward, False, degree))]
-        times.append((1, self._phase(work.backward, True, degree)))
-        step, compute, memory, communication = (sum(n * t[i] for n, t in times) for i in range(4))
-        flops = again * self._flops(work.forward, degree) + self._flops(work.backward, degree)
+        phases = self._phases(work)
+        times = [self._phase(phase, backward, degree) for phase, backward in phases]
+        step, compute, memory, communication = (sum(t[i] for t in times) for i in range(4))
+        flops = sum(self._flops(phase, degree) for phase, _ in phases)
         states, extra = OPTIMIZERS[self.setting.optimizer]
         elements = [(size, self._number(count, degree)) for size, count in work.parameters]
         parameters = sum(size * count for size, count in elements)
@@ -181,6 +192,7 @@ class CostModel:
         kept = self._number(work.saved, degree)
         if self.setting.checkpoint and work.in_layer:
             kept /= max(1, self.workload.layers)  # one layer at a time
+            kept += sum(self._number(size, degree) for size in _sums(work.forward))
         kept += self._number(work.gradients, degree)
         return Predicted(
             step_time=step,
@@ -196,6 +208,11 @@ class CostModel:
             activation_memory=kept,
         )
 
+    def _phases(self, work: Work) -> list[tuple[Phase, bool]]:
+        """The phases of a step, and which is the backward."""
+        repeated = [(again(work.forward), False)] if self.setting.checkpoint and work.in_layer else []
+        return [(work.forward, False), *repeated, (work.backward, True)]
+
     def _phase(self, phase: Phase, backward: bool, degree: int) -> tuple[float, float, float, float]:
         """The phase's time; and of the device: compute, memory traffic, communication."""
         parts = [self._call(f, degree) for f in _parts(phase)]
@@ -207,10 +224,7 @@ class CostModel:
         return self._number(_phase_flops(phase), degree)
 
     def _seconds(self, work: Work) -> Expr:
-        again = 2 if self.setting.checkpoint and work.in_layer else 1
-        return again * formulas.phase_time(work.forward, False) + formulas.phase_time(
-            work.backward, True
-        )
+        return sum(formulas.phase_time(phase, backward) for phase, backward in self._phases(work))
 
     def _number(self, size: Any, degree: int) -> float:
         if isinstance(size, (int, float)):
@@ -224,6 +238,11 @@ class CostModel:
             self._constants[degree] = formulas.constants(self.setting.hardware, degree)
         values |= self._constants[degree]
         return float(call(*(0.0 if _is_free(name, values) else values[name] for name in names)))
+
+
+def _sums(forward: Phase) -> list[Size]:
+    """Bytes of what is all-reduced: each sum, or the residual that it is added to, is kept."""
+    return [i.bytes for i in forward.items if isinstance(i, Collective) and i.kind == "all_reduce"]
 
 
 def _is_free(name: str, values: Mapping[str, float]) -> bool:

@@ -139,6 +139,12 @@ class Workload:
     layers: int = 0
 
 
+def again(forward: Phase) -> Phase:
+    """What checkpointing computes again: all but the collectives, whose results outlive them."""
+    items = tuple(i for i in forward.items if not isinstance(i, Collective))
+    return Phase(items, tuple((kind, n) for kind, n in forward.host if kind != "collective"))
+
+
 def total(sizes: Iterable[Size]) -> Size:
     """The sum of sizes."""
     return sum(sizes, start=sympy.Integer(0))

@@ -17,7 +17,8 @@ Proven::
     addmm_1_reduce  all of it on every rank; its gradient is whole
     addmm_1_add     the original addmm_1
 
-After: the same graph.
+After: the same graph. Where parts of it are computed again in the backward pass, the graph with these
+parts put back is compared with the proven one.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from torch import fx
 
 from autoshard.proof.calls import Calls
 from autoshard.proof.held import Held
+from autoshard.proof.nested import same_as_flat
 from autoshard.proof.walk import Proof
 from autoshard.sharded import Sharded
 
@@ -47,6 +49,8 @@ def prove(graph: fx.Graph, sharded: Sharded, differentiable_inputs: set[str]) ->
     calls = Calls()
     for factor in FACTORS:
         Proof(graph, sharded, differentiable_inputs, factor, calls).run()
+    if sharded.nested is not None:
+        same_as_flat(sharded.nested, sharded.graph)
     return sharded
 
 

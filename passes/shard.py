@@ -32,7 +32,7 @@ import torch
 from torch import fx
 
 from autoshard import ops, shares
-from autoshard.analysis import AUTOCAST, Axes
+from autoshard.analysis import AUTOCAST, CHECKPOINT, Axes
 from autoshard.assignment import Assignment, stored_dim
 from autoshard.axes import Axis, Size, atoms_of
 from autoshard.errors import PlanError
@@ -433,7 +433,7 @@ class _Sharder:
         if origin.op == "placeholder" and name.startswith("p_"):
             name = name[2:]
         new = self.new.create_node("call_function", target, args, kwargs or {}, name=name)
-        for key in ("nn_module_stack", "stack_trace", AUTOCAST):
+        for key in ("nn_module_stack", "stack_trace", AUTOCAST, CHECKPOINT):
             if key in origin.meta:
                 new.meta[key] = origin.meta[key]
         return new

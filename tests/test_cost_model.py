@@ -21,6 +21,7 @@ from autoshard.cost_model.hardware import Hardware, load
 from autoshard.cost_model.model import CostModel
 from autoshard.cost_model.operators import LOSS, Operand, Operator, work_of
 from autoshard.cost_model.work import B, Collective, D, Product, S, Traffic
+from autoshard.cost_model.work import again as repeated
 from autoshard.errors import PlanError
 from autoshard.planning import Costs
 from benchmarks.models import Mixed, Shape, build, tokens
@@ -116,14 +117,16 @@ def test_memory_of_activations(name: str) -> None:
 
 
 def test_checkpointing_trades_memory_for_time() -> None:
-    """Layers keep their input alone, and are computed again: their forward's time and collectives."""
+    """Layers keep their input and their sums; their forward is computed again without collectives."""
     kept, again = planned("gpt", 2), planned("gpt", 2, checkpoint="layer")
     assert again.predicted.activation_memory < kept.predicted.activation_memory
     model = model_of(kept)
     layers = [u.work[2] for u in model.workload.units if u.work[2].in_layer]
     layers += [w for w in model.workload.rest if w.in_layer]
-    extra = sum(model.evaluate(formulas.phase_time(w.forward, False), 2) for w in layers)
+    extra = sum(model.evaluate(formulas.phase_time(repeated(w.forward), False), 2) for w in layers)
     assert again.predicted.step_time == pytest.approx(kept.predicted.step_time + extra)
+    communication = again.predicted.exposed_communication_time
+    assert communication == pytest.approx(kept.predicted.exposed_communication_time)
 
 
 # Formulas
