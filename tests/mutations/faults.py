@@ -527,7 +527,13 @@ def padding(sharded: Sharded) -> Iterator[Fault]:
 
         yield _made(PADDING, sharded, node, "the loss of all rows, gathered", gathered)
     for node in _calls(sharded, shares.unpad):
-        size = node.args[4]
+        _, _, padded, rows, size = node.args
+
+        def between(site: Site, padded: int = padded) -> None:
+            site.node.args = (*site.node.args[:3], padded, site.node.args[4])
+
+        if padded != rows:
+            yield _made(PADDING, sharded, node, f"{padded} of {rows} rows of each rank", between)
 
         def longer(site: Site, size: int = size) -> None:
             site.node.args = (*site.node.args[:4], size + 1)

@@ -35,7 +35,6 @@ from autoshard.capture import Captured
 from autoshard.groups import Group, ProcessGroupComm, ReduceOp, SingleGroup
 from autoshard.random_streams import RandomStream
 from autoshard.sharded import Sharded
-from tests.models.huggingface import VOCABULARY
 from tests.mutations.subjects import Spec, Subject, exact, example, spec_of
 
 EQUAL = 1e-9
@@ -214,14 +213,14 @@ def plain(name: str) -> Plain:
 
 def boundary(spec: Spec) -> dict[str, Tensor]:
     """The first token, the last, and those on both sides of every border between shards."""
-    edges = {0, VOCABULARY - 1}
+    edges = {0, spec.vocabulary - 1}
     for ranks in (2, 4):
-        size = -(-VOCABULARY // ranks)
+        size = -(-spec.vocabulary // ranks)
         edges |= {e for r in range(1, ranks) for e in (r * size - 1, r * size)}
     found = {}
     for place, (key, value) in enumerate(example(spec).items()):
         generator = torch.Generator().manual_seed(3 + place)
-        tokens = torch.randint(VOCABULARY, (value.numel(),), generator=generator)
+        tokens = torch.randint(spec.vocabulary, (value.numel(),), generator=generator)
         ids = sorted(edges)[: value.numel() - 3]
         tokens[: len(ids)] = torch.tensor(ids)
         tokens = tokens[torch.randperm(value.numel(), generator=generator)].view(value.shape).clone()

@@ -32,6 +32,7 @@ from tests.models import nanogpt
 from tests.models.case import Build, seeded
 from tests.models.huggingface import IGNORED, VOCABULARY, builder
 
+LARGE = 4099  # a vocabulary whose shares are padded to 128 rows on every rank
 USUAL = {
     "hidden_size": 64,
     "intermediate_size": 64,
@@ -54,6 +55,7 @@ class Spec:
     labels: str = "labels"
     ignored: int = IGNORED
     degrees: dict[str, int] = field(default_factory=dict)
+    vocabulary: int = VOCABULARY
 
 
 @dataclass(frozen=True)
@@ -102,7 +104,7 @@ def exact() -> Iterator[None]:
 
 
 def _nanogpt(attention: str = "eager", *, dropout: float = 0.1, seed: int = 0) -> nn.Module:
-    config = nanogpt.GPTConfig(n_layer=1, dropout=dropout, flash=attention == "sdpa")
+    config = nanogpt.GPTConfig(vocab_size=LARGE, n_layer=1, dropout=dropout, flash=attention == "sdpa")
     return seeded(lambda: nanogpt.GPT(config), seed)
 
 
@@ -142,8 +144,8 @@ SPECS = (
         ),
     ),
     Spec(
-        "nanogpt", "attention over 2 of 4 ranks", 4, _nanogpt, "sdpa", "idx", "targets", -1,
-        {"transformer.h.0.attn": 2},
+        "nanogpt", "attention over 2 of 4 ranks; padding on all", 4, _nanogpt,
+        "sdpa", "idx", "targets", -1, {"transformer.h.0.attn": 2}, LARGE,
     ),
 )  # fmt: skip
 
@@ -180,7 +182,7 @@ def _subject(spec: Spec, model: nn.Module, inputs: dict[str, Tensor], edit: Any)
 def example(spec: Spec) -> dict[str, Tensor]:
     """Tokens anywhere in the vocabulary, and labels of which the last are ignored."""
     generator = torch.Generator().manual_seed(0)
-    tokens, labels = (torch.randint(3, VOCABULARY, (2, 8), generator=generator) for _ in range(2))
+    tokens, labels = (torch.randint(3, spec.vocabulary, (2, 8), generator=generator) for _ in range(2))
     labels[:, -1] = spec.ignored
     if spec.name == "t5":
         labels = labels[:, 2:]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -21,7 +21,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 
 @pytest.fixture(scope="module")
-def results(request: pytest.FixtureRequest) -> Iterator[list[Result]]:
+def results() -> list[Result]:
     """What became of the mutants that are examined here."""
     found: list[Result] = []
     for world in (2, 4):
@@ -32,14 +32,12 @@ def results(request: pytest.FixtureRequest) -> Iterator[list[Result]]:
                 for made, mutants in chosen(spec, counts):
                     assert right(judge, made) == []
                     found += examined(judge, made, mutants)
-    reporter = request.config.pluginmanager.get_plugin("terminalreporter")
-    if reporter is not None:
-        reporter.write_line("\n" + table(found))
-    yield found
+    return found
 
 
-def test_none_is_missed(results: list[Result]) -> None:
+def test_none_is_missed(results: list[Result], record_property: Callable[[str, object], None]) -> None:
     """Real ranks say that it is another function: so do the proof, and ``verify``."""
+    record_property("table", table(results))
     assert [str(r) for r in missed(results)] == []
 
 
