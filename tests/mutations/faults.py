@@ -201,6 +201,30 @@ def swapped(sharded: Sharded) -> Iterator[Fault]:
                 yield _made(kind, sharded, node, f"{other.__name__}{along}", change)
 
 
+TAKEN: dict[str, tuple[Any, ...]] = {
+    "the first": (aten.select.int, 0, 0),
+    "the last": (aten.select.int, 0, -1),
+    "the mean": (aten.mean.dim, [0]),
+    "the largest": (aten.amax.default, [0]),
+}
+
+
+def gathered(sharded: Sharded) -> Iterator[Fault]:
+    """All terms of a sum over ranks, of which one is taken, or their mean, or the largest."""
+    for node in _calls(sharded, ops.reduce):
+        degree = _degree_of(node)
+        for how, taken in TAKEN.items():
+
+            def change(site: Site, degree: int = degree, taken: tuple[Any, ...] = taken) -> None:
+                x, group = site.node.args[:2]
+                together = site.before(ops.gather, x, 0, group)
+                terms = site.before(aten.unflatten.int, together, 0, [degree, -1])
+                site.node.replace_all_uses_with(site.before(taken[0], terms, *taken[1:]))
+                site.graph.erase_node(site.node)
+
+            yield _made(GATHERED, sharded, node, f"{how} of what is gathered", change)
+
+
 def moved(sharded: Sharded) -> Iterator[Fault]:
     """A collective after one of its users, or before what made its value."""
     for node in _calls(sharded, *COLLECTIVES):
@@ -815,7 +839,7 @@ def _kind(node: fx.Node) -> Any:
 
 
 GENERATORS: tuple[Callable[[Sharded], Iterator[Fault]], ...] = (
-    removed, bypassed, duplicated, swapped, moved, other_group, other_degree, scaled,
+    removed, bypassed, duplicated, swapped, gathered, moved, other_group, other_degree, scaled,
     bias_on_every_rank, other_layouts, other_slices, stored_otherwise, vocabulary, padding, untied,
     key_heads, segments_exchanged, without_stream, other_numbers, exchanged, another_operand,
 )  # fmt: skip
