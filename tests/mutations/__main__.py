@@ -14,8 +14,8 @@ import torch
 import transformers
 
 from tests.mutations.campaign import Result, chosen, examined, missed, of_models, right, table
-from tests.mutations.faults import NUMBER, OPERAND
-from tests.mutations.judge import CHANGED, EQUAL, RAISED, Judge
+from tests.mutations.faults import NUMBER, OPERAND, STREAM
+from tests.mutations.judge import CHANGED, EQUAL, RAISED, SAME, Judge
 from tests.mutations.subjects import SPECS
 
 PAGE = Path(__file__).parents[2] / "docs" / "mutations.md"
@@ -46,6 +46,9 @@ misses {blind}.**
 
 {kinds}
 
+Of those that change the function the smallest relative error is {least:.0e}, of the equivalent ones
+the largest {most:.0e}.
+
 *Raise on the ranks*: they stop with an error, so that nothing wrong can go unnoticed; the proof
 refuses {refused} of these {raised} too. *Equivalent, yet refused*: on the judge's inputs there is
 no difference, which need not mean that there is none on others: a slice of a table that is longer
@@ -63,7 +66,10 @@ def page(results: Sequence[Result]) -> str:
     """The text of the page."""
     lost = missed(results)
     raised = [r for r in results if r.verdict.outcome == RAISED]
+    seen = [r for r in results if r.kind != STREAM]
     return TEXT.format(
+        least=min(r.verdict.error for r in seen if r.verdict.outcome == CHANGED),
+        most=max(r.verdict.error for r in seen if r.verdict.outcome == SAME),
         equal=EQUAL,
         torch=torch.__version__,
         transformers=transformers.__version__,

@@ -340,12 +340,24 @@ class Masks(fx.Interpreter):
         self.found: list[tuple[str, str]] = []
 
     def run_node(self, n: fx.Node) -> Any:
-        """One node's value."""
-        result = super().run_node(n)
-        if n.target in (ops.with_stream, torch.ops.aten.dropout.default):
-            x = self.env[n.args[2] if n.target is ops.with_stream else n.args[0]]
-            self.found.append((_digest(x), _digest(result != 0)))
-        return result
+        """One node's value. The mask is what the operator does to ones, from the same random state."""
+        args: Any
+        args, kwargs = self.fetch_args_kwargs_from_env(n)
+        if n.target is ops.with_stream:
+            stream, place = args[0].stream, 2
+            before = stream.state_dict()
+            mask = ops.with_stream(
+                *args[:place], torch.ones_like(args[place]), *args[place + 1 :], **kwargs
+            )
+            stream.load_state_dict(before)
+        elif n.target is torch.ops.aten.dropout.default:
+            place, state = 0, torch.get_rng_state()
+            mask = n.target(torch.ones_like(args[0]), *args[1:], **kwargs)
+            torch.set_rng_state(state)
+        else:
+            return super().run_node(n)
+        self.found.append((_digest(args[place]), _digest(mask)))
+        return super().run_node(n)
 
 
 def _digest(x: Tensor) -> str:
