@@ -28,6 +28,7 @@ def pad_to(x: Tensor, dim: int, size: int) -> Tensor:
 
     A row of zeros could be divided by, and zero times infinity spoil a gradient.
     """
+    dim %= x.dim()
     missing = size - x.shape[dim]
     if not missing:
         return x

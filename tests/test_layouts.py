@@ -30,6 +30,7 @@ from autoshard.layouts import (
     whole,
     whole_size,
 )
+from autoshard.shares import pad_to
 
 # Digits of a rank's coordinate, as (base, stride): degree 4 is one digit of 4 or two of 2.
 DIGITS: dict[int, list[list[tuple[int, int]]]] = {
@@ -257,3 +258,18 @@ def test_vocabulary_is_padded(size: int, parts: int, rows: int, padded: int) -> 
     cut = assignment.cuts[axis]
     assert (cut.rows, cut.padded) == (rows, padded)
     assert share_size(assignment.layout(axis), 0) == rows
+
+
+@pytest.mark.parametrize("dim", [0, 1, -1])
+def test_padding_is_behind_the_rows(dim: int) -> None:
+    """Copies of the last one, in any dimension; none where none is missing; no gradient."""
+    x = torch.arange(6.0).view(2, 3).requires_grad_()
+    size = x.shape[dim]
+    assert pad_to(x, dim, size) is x
+    y = pad_to(x, dim, size + 2)
+    assert torch.equal(y.narrow(dim, 0, size), x)
+    assert torch.equal(
+        y.narrow(dim, size, 2), x.narrow(dim, size - 1, 1).expand_as(y.narrow(dim, size, 2))
+    )
+    y.sum().backward()
+    assert torch.equal(x.grad, torch.ones_like(x))
