@@ -18,7 +18,7 @@ def steps() -> st.SearchStrategy[Steps]:
     place = st.one_of(st.just(0), st.integers(0, 3))
     one = st.builds(Step, few(sorted(STEPS)), place, st.integers(0, 2), st.integers(0, 11))
     return st.builds(
-        Steps, st.lists(one, min_size=1, max_size=9).map(tuple), few((16, 8, 24, 32)), st.booleans()
+        Steps, st.lists(one, min_size=3, max_size=12).map(tuple), few((16, 8, 24, 32)), st.booleans()
     )
 
 
