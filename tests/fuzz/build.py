@@ -139,7 +139,12 @@ class Mix(nn.Module):
         self.entry = nn.Linear(hidden, spec.channels * (2 if spec.gated else 1), bias=spec.bias)
         groups = spec.channels if spec.grouped else 1
         self.conv = nn.Conv1d(
-            spec.channels, spec.channels, spec.kernel, groups=groups, padding=spec.kernel - 1, bias=spec.bias
+            spec.channels,
+            spec.channels,
+            spec.kernel,
+            groups=groups,
+            padding=spec.kernel - 1,
+            bias=spec.bias,
         )
         self.exit = nn.Linear(spec.channels, hidden, bias=spec.bias)
 
@@ -297,11 +302,15 @@ def inputs(spec: Net, *, batch: int = 3, length: int = 5, seed: int = 0) -> dict
 
 def drops(spec: Net, training: bool) -> bool:
     """Whether dropout draws anything."""
-    return training and any(isinstance(m, nn.Dropout) and m.p for m in build(spec).modules()) or (
-        training
-        and any(
-            isinstance(p.block, specs.Steps) and any(s.op == "dropout" for s in p.block.steps)
-            for p in spec.blocks
+    return (
+        (training
+        and any(isinstance(m, nn.Dropout) and m.p for m in build(spec).modules()))
+        or (
+            training
+            and any(
+                isinstance(p.block, specs.Steps) and any(s.op == "dropout" for s in p.block.steps)
+                for p in spec.blocks
+            )
         )
     )
 

@@ -42,6 +42,11 @@ class Counts:
                 for step in placed.block.steps:
                     self.add("steps", step.op)
 
+    def line(self) -> str:
+        """The totals."""
+        names = ("models", "rules", "plans", "laws", "refusals")
+        return ", ".join(f"{self.total(name)} {name}" for name in names)
+
     def refused(self, error: AutoshardError) -> None:
         """Count a refusal by its reason, whatever the names and numbers in it are."""
         text = re.sub(r"\S*[\d_.:/]\S*", "…", str(error).split("\n")[0])

@@ -6,7 +6,20 @@ from typing import get_args
 
 from hypothesis import strategies as st
 
-from tests.fuzz.spec import Again, Attend, Block, Cross, Experts, Feed, Head, Mix, Net, Placed, Step, Steps
+from tests.fuzz.spec import (
+    Again,
+    Attend,
+    Block,
+    Cross,
+    Experts,
+    Feed,
+    Head,
+    Mix,
+    Net,
+    Placed,
+    Step,
+    Steps,
+)
 from tests.fuzz.steps import STEPS
 from tests.strategies import specs
 
@@ -25,15 +38,18 @@ def steps() -> st.SearchStrategy[Steps]:
 def blocks() -> st.SearchStrategy[Block]:
     """All kinds of blocks; programs most often."""
     cross = st.builds(
-        Cross, few((2, 4, 3)), few((4, 6)), st.booleans(), few(("eager", "sdpa", "module")), st.booleans()
+        Cross,
+        few((2, 4, 3)),
+        few((4, 6)),
+        st.booleans(),
+        few(("eager", "sdpa", "module")),
+        st.booleans(),
     )
     experts = st.builds(
         Experts, few(("loop", "batched", "einsum", "modules", "slices")), few((4, 2, 3)), few((8, 6)),
         few((0, 1, 2)), st.booleans(),
     )  # fmt: skip
-    mix = st.builds(
-        Mix, few((16, 8, 12)), few((3, 1, 4)), st.booleans(), st.booleans(), st.booleans()
-    )
+    mix = st.builds(Mix, few((16, 8, 12)), few((3, 1, 4)), st.booleans(), st.booleans(), st.booleans())
     return st.one_of(
         steps(), steps(), steps(), st.builds(Feed, specs()), st.builds(Attend, specs()), cross, experts, mix,
         st.builds(Again, st.integers(0, 2)),

@@ -6,7 +6,7 @@ A model is captured once for a mode and a dtype, and then planned and compared m
 from __future__ import annotations
 
 import copy
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,14 @@ from autoshard.passes.assign_degrees import Request
 from autoshard.pipeline import Program, analyse_each, rewrite
 from autoshard.rank import local_share, whole_tensor
 from autoshard.sharded import Sharded
-from autoshard.verification import TOLERANCE, boundary_inputs, largest_of, objective, perturbed, relative_error
+from autoshard.verification import (
+    TOLERANCE,
+    boundary_inputs,
+    largest_of,
+    objective,
+    perturbed,
+    relative_error,
+)
 from tests.fuzz.build import build, inputs
 from tests.fuzz.spec import Net
 
@@ -33,6 +40,12 @@ STEP = {torch.float64: 2.0**-52, torch.float32: 2.0**-23, torch.bfloat16: 2.0**-
 
 class Broken(AssertionError):
     """A law that does not hold."""
+
+    seen: ClassVar[list[str]] = []  # of this process, also those that do not happen again
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self.seen.append(text)
 
 
 def law(holds: bool, text: str) -> None:
@@ -59,7 +72,9 @@ class Subject:
 
     def exactly(self) -> Any:
         """As ``autoshard.verify``: tensors made without a dtype are float64 where the model is."""
-        return default_dtype(torch.float64 if self.dtype is torch.float64 else torch.get_default_dtype())
+        return default_dtype(
+            torch.float64 if self.dtype is torch.float64 else torch.get_default_dtype()
+        )
 
     def plan(self, tp: int, request: Request = "max") -> tuple[Plan, Sharded]:
         """Plan, rewrite and prove."""
@@ -132,7 +147,10 @@ def gradients_of(model: nn.Module) -> dict[str, Tensor]:
 
 def distance(made: Values, expected: Values) -> dict[str, float]:
     """The relative error of each output and gradient."""
-    outputs = {str(i): relative_error([a], b, 0.0) for i, (a, b) in enumerate(zip(made[0], expected[0], strict=True))}
+    outputs = {
+        str(i): relative_error([a], b, 0.0)
+        for i, (a, b) in enumerate(zip(made[0], expected[0], strict=True))
+    }
     largest = largest_of(expected[1])
     return outputs | {n: relative_error([made[1][n]], g, largest) for n, g in expected[1].items()}
 

@@ -18,7 +18,7 @@ from autoshard.sharded import Sharded
 from tests.fuzz.build import build
 from tests.fuzz.counts import COUNTS, is_refusal
 from tests.fuzz.draw import few, nets
-from tests.fuzz.laws import CAPTURED, Shape, Subject, inputs_of, law
+from tests.fuzz.laws import CAPTURED, Broken, Shape, Subject, inputs_of, law
 from tests.fuzz.pair import DTYPES, Pair
 from tests.fuzz.ranks import Ranks
 from tests.fuzz.spec import Net
@@ -206,7 +206,9 @@ class Machine(RuleBasedStateMachine):
                 return
             self.single.begin()
             law(
-                not any(n.op == "get_attr" and str(n.target) != "tp1" for n in self.single.split.graph.nodes),
+                not any(
+                    n.op == "get_attr" and str(n.target) != "tp1" for n in self.single.split.graph.nodes
+                ),
                 "tp=1: a graph without groups",
             )
             self.single.same(CAPTURED, 0)
@@ -245,6 +247,6 @@ class Machine(RuleBasedStateMachine):
             return made()
         except AutoshardError as error:
             if not is_refusal(error):
-                raise
+                raise Broken(f"{type(error).__name__}: {error}") from error
             COUNTS.refused(error)
             return None

@@ -142,6 +142,10 @@ class Pair:
         self.equal_state(exact=True)
         return self.same(CAPTURED, 4)
 
+    def string_hash(self) -> int:
+        """What differs among rank processes, as it does among a user's."""
+        return hash("a string")
+
     # -- inside ------------------------------------------------------------------------------------
 
     def backward(self, model: torch.nn.Module, batch: dict[str, Tensor]) -> list[Tensor]:
@@ -170,10 +174,15 @@ class Pair:
 
     def close(self, errors: dict[str, float], batch: dict[str, Tensor], what: str) -> None:
         """All errors are rounding."""
-        worst = max(errors, key=lambda n: float("inf") if errors[n] != errors[n] else errors[n], default="")
+        worst = max(
+            errors, key=lambda n: float("inf") if errors[n] != errors[n] else errors[n], default=""
+        )
         if worst and not errors[worst] < 1e-10:
             limit = rounding(self.plain, batch, self.dtype)
-            law(errors[worst] < limit, f"{what}: {worst} differs by {errors[worst]:.1e}, rounding {limit:.1e}")
+            law(
+                errors[worst] < limit,
+                f"{what}: {worst} differs by {errors[worst]:.1e}, rounding {limit:.1e}",
+            )
 
     def equal_state(self, exact: bool, batch: dict[str, Tensor] | None = None) -> None:
         """The state dicts have the same names, shapes, dtypes and numbers."""

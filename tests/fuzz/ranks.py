@@ -23,7 +23,7 @@ from tests.fuzz.counts import is_refusal
 from tests.fuzz.laws import Broken, law
 from tests.fuzz.pair import Pair
 
-TIMEOUT = 90.0  # seconds for a move
+TIMEOUT = 400.0  # seconds for a move
 
 
 class Refused(AutoshardError):
@@ -44,7 +44,9 @@ class Ranks:
         for rank in range(self.world):
             mine, theirs = context.Pipe()
             with environment(PYTHONHASHSEED=str(rank + 1), OMP_NUM_THREADS="1"):
-                process = context.Process(target=main, args=(theirs, rank, self.world, port), daemon=True)
+                process = context.Process(
+                    target=main, args=(theirs, rank, self.world, port), daemon=True
+                )
                 process.start()
             theirs.close()
             self.ends.append(mine)
@@ -107,7 +109,7 @@ def main(end: Connection, rank: int, world: int, port: int) -> None:
         MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(world),
         LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(world), GLOO_SOCKET_IFNAME="lo",
     )  # fmt: skip
-    dist.init_process_group("gloo", timeout=timedelta(seconds=30))
+    dist.init_process_group("gloo", timeout=timedelta(seconds=180))
     pair: Pair | None = None
     with contextlib.suppress(EOFError):
         while True:

@@ -81,6 +81,7 @@ class Program(nn.Module):
         self.join = spec.join
         self.entry = nn.Linear(hidden, spec.width)
         self.exit = nn.Identity()
+        self.effective: set[int] = set()  # places of the steps that make a value
         with torch.no_grad():
             width = self.run(torch.zeros(2, 3, hidden)).shape[-1]
         self.exit = nn.Linear(width, hidden, bias=False)
@@ -105,6 +106,7 @@ class Program(nn.Module):
             kept = [r for r in results if r is not None]
             if kept and all(fits(r) for r in kept):
                 used.add(place)
+                self.effective.add(index)
                 values = [*values, *kept]
         ends = [v for i, v in enumerate(values) if i not in used] if self.join else values[-1:]
         return torch.cat([v.flatten(2) if v.dim() > 2 else v[..., None] for v in ends], -1)
@@ -143,8 +145,12 @@ def again(c: Call, x: Tensor) -> Result:
     weights = [p for p in c.module.parameters(recurse=False) if p.dim() == 2]
     weights.append(c.module.entry.weight)
     size = x.shape[-1]
-    fitting = [w.t() for w in weights if w.shape[0] == size] + [w for w in weights if w.shape[1] == size]
-    return F.linear(x, c.pick([w.t() if w.shape[1] != size else w for w in fitting])) if fitting else None
+    fitting = [w.t() for w in weights if w.shape[0] == size] + [
+        w for w in weights if w.shape[1] == size
+    ]
+    return (
+        F.linear(x, c.pick([w.t() if w.shape[1] != size else w for w in fitting])) if fitting else None
+    )
 
 
 @step
@@ -218,7 +224,9 @@ def act(c: Call, x: Tensor) -> Result:
 
 @step
 def arithmetic(c: Call, x: Tensor) -> Result:
-    return c.pick((-x, x * 0.5, 1 - x, x + 1, x / 2, x.square(), x.abs(), 1 / (1 + x * x), x.clamp(-1, 1)))
+    return c.pick(
+        (-x, x * 0.5, 1 - x, x + 1, x / 2, x.square(), x.abs(), 1 / (1 + x * x), x.clamp(-1, 1))
+    )
 
 
 @step
@@ -252,7 +260,11 @@ def reduced(c: Call, x: Tensor) -> Result:
 def centred(c: Call, x: Tensor) -> Result:
     """A reduction that the value itself meets again."""
     return c.pick(
-        (x - x.mean(-1, keepdim=True), x / (1 + x.abs().sum(-1, keepdim=True)), x - x.amax(-1, keepdim=True))
+        (
+            x - x.mean(-1, keepdim=True),
+            x / (1 + x.abs().sum(-1, keepdim=True)),
+            x - x.amax(-1, keepdim=True),
+        )
     )
 
 
@@ -310,7 +322,9 @@ def uneven(c: Call, x: Tensor) -> Result:
 @step
 def cut(c: Call, x: Tensor) -> Result:
     size = x.shape[-1]
-    return c.pick((x[..., : (size + 1) // 2], x[..., size // 2 :], x[..., ::2], x[..., 1:], x[..., :-1]))
+    return c.pick(
+        (x[..., : (size + 1) // 2], x[..., size // 2 :], x[..., ::2], x[..., 1:], x[..., :-1])
+    )
 
 
 @step
@@ -378,7 +392,9 @@ def indexed(c: Call, x: Tensor) -> Result:
 
 @step
 def rolled(c: Call, x: Tensor) -> Result:
-    return c.pick((x.roll(1, -1), x.roll(1, 1), F.pad(x.flatten(2), (0, 0, 1, 0))[:, :-1].view(x.shape)))
+    return c.pick(
+        (x.roll(1, -1), x.roll(1, 1), F.pad(x.flatten(2), (0, 0, 1, 0))[:, :-1].view(x.shape))
+    )
 
 
 # -- several values --------------------------------------------------------------------------------
