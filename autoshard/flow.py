@@ -77,8 +77,8 @@ def owners(candidates: Sequence[Candidate], flows: Iterable[Flow]) -> dict[fx.No
 def _call(node: fx.Node, call: Call, axes: Axes, assignment: Assignment, found: Flow) -> None:
     every = [*call.operands.values(), *(d for d in call.outputs if d is not None)]
     # A value inside a group may hold no split axis (one key head for all queries): its gradient is a
-    # partial sum all the same, so what is computed from it stays inside. A call whose own axes are split
-    # over another group is of that group, and the value leaves its own before it enters there.
+    # partial sum all the same, so what is computed from it stays inside. A call whose own axes are
+    # split over another group is of that group: the value leaves its own before it enters there.
     degree = max(1, *(assignment.degree(dims) for dims in every))
     if degree == 1:
         degree = max(1, *(found.inside.get(n, 1) for n in node.all_input_nodes))

@@ -226,8 +226,10 @@ class _Sharder:
         if self.inside.get(value) == degree:
             vocabulary = call.lookup if ("indices", None) in call.operands else None
             lookup = vocabulary is not None and bool(self.assignment.cuts_in([vocabulary]))
-            if lookup or self._is_split(value):
-                return self.env[value] if lookup else self._padded(value, dims)
+            if lookup:
+                return self.env[value]
+            if self._is_split(value):
+                return self._padded(value, dims)
             return self._part(value, self.env[value], dims, degree)
         return self._enter(call.node, value, dims, degree)
 
@@ -236,7 +238,7 @@ class _Sharder:
         return any(is_split(self.assignment.layout(axis)) for axis in self.axes.dims.get(value, ()))
 
     def _outside(self, node: fx.Node, value: fx.Node) -> fx.Node:
-        """The value where it is whole; one without a split axis leaves the group that it is inside of."""
+        """The value outside; one without a split axis leaves the group that it is inside of."""
         if value not in self.inside:
             return self.env[value]
         if self._is_split(value):

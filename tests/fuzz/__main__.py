@@ -37,8 +37,8 @@ def main() -> int:
     first = random.SystemRandom().randrange(10**6) if given.seed is None else given.seed
     phases = [Phase.generate, Phase.shrink] if given.shrink else [Phase.generate]
     chosen = settings(
-        max_examples=given.examples, stateful_step_count=MOVES, deadline=None, database=None, phases=phases,
-        suppress_health_check=list(HealthCheck), print_blob=False,
+        max_examples=given.examples, stateful_step_count=MOVES, deadline=None, database=None,
+        phases=phases, suppress_health_check=list(HealthCheck), print_blob=False,
     )  # fmt: skip
     start, batch = time.monotonic(), first
     failures: dict[str, str] = {}

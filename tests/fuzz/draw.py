@@ -51,8 +51,8 @@ def blocks() -> st.SearchStrategy[Block]:
     )  # fmt: skip
     mix = st.builds(Mix, few((16, 8, 12)), few((3, 1, 4)), st.booleans(), st.booleans(), st.booleans())
     return st.one_of(
-        steps(), steps(), steps(), st.builds(Feed, specs()), st.builds(Attend, specs()), cross, experts, mix,
-        st.builds(Again, st.integers(0, 2)),
+        steps(), steps(), steps(), st.builds(Feed, specs()), st.builds(Attend, specs()), cross, experts,
+        mix, st.builds(Again, st.integers(0, 2)),
     )  # fmt: skip
 
 

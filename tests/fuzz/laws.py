@@ -100,7 +100,7 @@ class Subject:
             limit = rounding(self.model, given[1], self.dtype)
             law(
                 report.max_relative_error < limit,
-                f"verify: {report}; rounding alone gives {limit:.1e}; degrees {plan.degrees}; shape {shape}",
+                f"verify: {report}; rounding gives {limit:.1e}; degrees {plan.degrees}; shape {shape}",
             )
 
     def shares_gather(self, sharded: Sharded, tp: int) -> None:

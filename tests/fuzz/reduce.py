@@ -1,4 +1,4 @@
-"""A smaller model that fails in the same way: parts are taken out, and choices become the first ones."""
+"""A smaller model that fails in the same way: parts are taken out, choices become the first."""
 
 from __future__ import annotations
 

@@ -7,6 +7,8 @@ from typing import Literal
 
 from tests.models.spec import Spec
 
+SIMPLEST = Spec()
+
 NormKind = Literal["none", "layer", "rms"]
 Place = Literal["pre", "post", "parallel", "bare"]
 Head = Literal["both", "loss", "logits", "states", "mean", "smooth", "weighted", "dict"]
@@ -43,14 +45,14 @@ class Steps:
 class Attend:
     """Self-attention."""
 
-    spec: Spec = Spec()
+    spec: Spec = SIMPLEST
 
 
 @dataclass(frozen=True)
 class Feed:
     """An MLP."""
 
-    spec: Spec = Spec()
+    spec: Spec = SIMPLEST
 
 
 @dataclass(frozen=True)
