@@ -26,7 +26,7 @@ def smaller(value: Any) -> Iterator[Any]:
             if isinstance(now, tuple) or dataclasses.is_dataclass(now):
                 for less in smaller(now):
                     yield from _replaced(value, field.name, less)
-            elif isinstance(now, int) and not isinstance(now, bool) and now > 1:
+            elif isinstance(now, int) and isinstance(field.default, int) and now // 2 > field.default:
                 yield from _replaced(value, field.name, now // 2)
 
 
