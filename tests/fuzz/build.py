@@ -302,15 +302,11 @@ def inputs(spec: Net, *, batch: int = 3, length: int = 5, seed: int = 0) -> dict
 
 def drops(spec: Net, training: bool) -> bool:
     """Whether dropout draws anything."""
-    return (
-        (training
-        and any(isinstance(m, nn.Dropout) and m.p for m in build(spec).modules()))
-        or (
-            training
-            and any(
-                isinstance(p.block, specs.Steps) and any(s.op == "dropout" for s in p.block.steps)
-                for p in spec.blocks
-            )
+    return (training and any(isinstance(m, nn.Dropout) and m.p for m in build(spec).modules())) or (
+        training
+        and any(
+            isinstance(p.block, specs.Steps) and any(s.op == "dropout" for s in p.block.steps)
+            for p in spec.blocks
         )
     )
 

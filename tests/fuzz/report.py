@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 from tests.fuzz.counts import Counts
@@ -30,7 +31,8 @@ def write(
 
 def _lines(counts: Counts, seconds: float, seeds: tuple[int, int], failures: list[str]) -> list[str]:
     lines = [
-        f"{seconds / 60:.0f} minutes on one core, seeds {seeds[0]} to {seeds[1]}: "
+        f"{seconds / 60:.0f} minutes ({time.process_time() / 60:.0f} of one processor, rank processes not "
+        f"counted), seeds {seeds[0]} to {seeds[1]}: "
         f"{counts.total('models'):,} models, {counts.total('rules'):,} moves, "
         f"{counts.total('plans'):,} plans, {counts.total('laws'):,} checks of laws, "
         f"{counts.total('refusals'):,} refusals, {len(failures)} failures.",
