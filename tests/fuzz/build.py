@@ -281,7 +281,7 @@ class Model(nn.Module):
             return F.cross_entropy(logits, labels, ignore_index=IGNORED, label_smoothing=0.1)
         if self.spec.head == "weighted":
             losses = F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="none")
-            return (losses * torch.linspace(0.5, 1.5, losses.numel(), dtype=losses.dtype)).sum()
+            return (losses * (1 + torch.arange(losses.numel()) % 3)).sum()
         return F.cross_entropy(logits, labels, ignore_index=IGNORED)
 
 

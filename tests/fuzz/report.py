@@ -31,8 +31,8 @@ def write(
 
 def _lines(counts: Counts, seconds: float, seeds: tuple[int, int], failures: list[str]) -> list[str]:
     lines = [
-        f"{seconds / 60:.0f} minutes ({time.process_time() / 60:.0f} of one processor, rank processes not "
-        f"counted), seeds {seeds[0]} to {seeds[1]}: "
+        f"{seconds / 60:.0f} minutes ({time.process_time() / 60:.0f} of one processor, rank "
+        f"processes not counted), seeds {seeds[0]} to {seeds[1]}: "
         f"{counts.total('models'):,} models, {counts.total('rules'):,} moves, "
         f"{counts.total('plans'):,} plans, {counts.total('laws'):,} checks of laws, "
         f"{counts.total('refusals'):,} refusals, {len(failures)} failures.",
