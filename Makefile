@@ -1,6 +1,7 @@
 # make demo       install, then train one small model on one process and on two
 # make test       install, then every check and every test
 # make test-fast  the tests that are not marked slow
+# make fuzz       an hour of random models, plans and moves (HOURS=1), counts into docs/fuzzing.md
 # make lint       ruff, mypy and the import contracts
 # make golden     rewrite the golden files from what the compiler emits now
 # make clean      remove caches, builds and the demo's output;  make distclean: the environment too
@@ -10,6 +11,8 @@ PYTHON ?= python3
 WORKERS ?= 2
 # More arguments for the demo or for pytest: make demo ARGS="--data FILE", make test-fast ARGS="-k rules".
 ARGS ?=
+# How long make fuzz runs.
+HOURS ?= 1
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -18,11 +21,11 @@ PYTEST := $(BIN)/python -m pytest
 PARALLEL := -n $(WORKERS) --dist loadfile
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
-test test-fast golden: export OMP_NUM_THREADS := 1
+test test-fast golden fuzz: export OMP_NUM_THREADS := 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo test test-fast lint golden clean distclean
+.PHONY: help install demo test test-fast fuzz lint golden clean distclean
 
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
@@ -52,6 +55,9 @@ test: lint
 
 test-fast: $(INSTALLED)
 	$(PYTEST) $(PARALLEL) -m "not slow" $(ARGS)
+
+fuzz: $(INSTALLED)
+	$(BIN)/python -m tests.fuzz --hours $(HOURS) --write docs/fuzzing.md $(ARGS)
 
 golden: $(INSTALLED)
 	$(PYTEST) tests/test_golden.py tests/test_register_rule.py --update-golden $(ARGS)

@@ -36,7 +36,7 @@ class _Exact(TorchDispatchMode):
     ) -> Any:
         kwargs = kwargs or {}
         if func is aten.bernoulli_.float:
-            return args[0].fill_(args[1] if len(args) > 1 else kwargs["p"])
+            return args[0].fill_(args[1] if len(args) > 1 else kwargs.get("p", 0.5))
         if func is aten.native_dropout.default:
             return args[0].clone(), torch.ones_like(args[0], dtype=torch.bool)
         if func is aten.native_dropout_backward.default:

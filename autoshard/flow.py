@@ -77,12 +77,11 @@ def owners(candidates: Sequence[Candidate], flows: Iterable[Flow]) -> dict[fx.No
 def _call(node: fx.Node, call: Call, axes: Axes, assignment: Assignment, found: Flow) -> None:
     every = [*call.operands.values(), *(d for d in call.outputs if d is not None)]
     # A value inside a group may hold no split axis (one key head for all queries): its gradient is a
-    # partial sum all the same, so what is computed from it stays inside.
-    degree = max(
-        1,
-        *(assignment.degree(dims) for dims in every),
-        *(found.inside.get(n, 1) for n in node.all_input_nodes),
-    )
+    # partial sum all the same, so what is computed from it stays inside. A call whose own axes are
+    # split over another group is of that group: the value leaves its own before it enters there.
+    degree = max(1, *(assignment.degree(dims) for dims in every))
+    if degree == 1:
+        degree = max(1, *(found.inside.get(n, 1) for n in node.all_input_nodes))
     if degree == 1:
         return
     found.degree[node] = degree
@@ -90,7 +89,8 @@ def _call(node: fx.Node, call: Call, axes: Axes, assignment: Assignment, found: 
     for slot in call.operands:
         operand = call.tensor(*slot)
         after = summed and slot in call.added_once
-        if operand in axes.differentiable and operand not in found.inside and not after:
+        here = found.inside.get(operand) == degree
+        if operand in axes.differentiable and not here and not after:
             found.copied.setdefault((operand, degree), []).append(node)
     if call.lookup is not None and assignment.cuts_in([call.lookup]):
         found.reduced[node] = LOOKUP if ("indices", None) in call.operands else LOSS

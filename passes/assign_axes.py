@@ -51,7 +51,9 @@ def assign_axes(graph: fx.Graph, parameters: Collection[str], inputs: Collection
 
     def dims_of(node: fx.Node) -> Dims:
         if node in result.dims:
-            call = result.calls.get(node)
+            source = node.args[0] if node.target is operator.getitem else node
+            assert isinstance(source, fx.Node)
+            call = result.calls.get(source)
             settled = {a.find() for a in call.settled} if call is not None else set()
             return tuple(
                 Axis(a.find().size) if a.find() in settled and a.find().is_atom else a

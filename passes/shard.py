@@ -221,29 +221,55 @@ class _Sharder:
         if slot not in call.operands:
             return self.env[value]
         if summed and slot in call.added_once:
-            return self.env[value]
+            return self._outside(call.node, value)
         dims = call.operands[slot]
-        if value in self.inside:
-            if self.inside[value] != degree:
-                raise PlanError(
-                    f"{where(call.node)} meets {value} of degree {self.inside[value]} inside a "
-                    f"region of degree {degree}"
-                )
+        if self.inside.get(value) == degree:
             vocabulary = call.lookup if ("indices", None) in call.operands else None
             lookup = vocabulary is not None and bool(self.assignment.cuts_in([vocabulary]))
-            return self.env[value] if lookup else self._padded(value, dims)
-        return self._enter(value, dims, degree)
+            if lookup:
+                return self.env[value]
+            if self._is_split(value):
+                return self._padded(value, dims)
+            return self._part(value, self.env[value], dims, degree)
+        return self._enter(call.node, value, dims, degree)
 
-    def _enter(self, value: fx.Node, dims: tuple[Axis, ...], degree: int) -> fx.Node:
+    def _is_split(self, value: fx.Node) -> bool:
+        """Whether a rank has a share of the value, and not all of it."""
+        return any(is_split(self.assignment.layout(axis)) for axis in self.axes.dims.get(value, ()))
+
+    def _outside(self, node: fx.Node, value: fx.Node) -> fx.Node:
+        """The value outside; one without a split axis leaves the group that it is inside of."""
+        if value not in self.inside:
+            return self.env[value]
+        if self._is_split(value):
+            raise PlanError(
+                f"{where(node)} needs {value} whole, which is split over {self.inside[value]} ranks"
+            )
+        key = ("leave", value)
+        if key not in self.entered:
+            args = (self.env[value], self.groups[self.inside[value]])
+            self.entered[key] = self._create(value, "leave", ops.leave, args)
+        return self.entered[key]
+
+    def _enter(
+        self, node: fx.Node, value: fx.Node, dims: tuple[Axis, ...], degree: int
+    ) -> fx.Node:
         """A whole value enters a group: ``copy``, then the rank's own part."""
-        result = self.env[value]
-        group = self.groups[degree]
+        result = self._outside(node, value)
         if value in self.axes.differentiable:
-            key: tuple[Any, ...] = ("copy", value, degree)
+            key = ("copy", value, degree)
             if key not in self.entered:
-                new = self._create(value, "copy", ops.copy, (result, group))
-                self.entered[key] = new
+                args = (result, self.groups[degree])
+                self.entered[key] = self._create(value, "copy", ops.copy, args)
             result = self.entered[key]
+        return self._part(value, result, dims, degree)
+
+    def _part(
+        self, value: fx.Node, result: fx.Node, dims: tuple[Axis, ...], degree: int
+    ) -> fx.Node:
+        """The rank's own part of a value that it has whole."""
+        group = self.groups[degree]
+        key: tuple[Any, ...]
         for dim, axis in enumerate(dims):
             if axis.find().size == 1:
                 continue
@@ -403,7 +429,7 @@ class _Sharder:
                     result = self._create(value, "own", shares.own_rows, args)
                 return result, SplitOutput(dim, axis.size, degree)
         if not split:
-            result = self._create(value, "leave", ops.leave, (result, group))
+            return self._outside(value, value), None
         if len(split) > 1:
             texts = tuple(str(self.assignment.layout(dims[d])) for d in split)
             result = self._create(value, "new", aten.unsqueeze.default, (result, 0))

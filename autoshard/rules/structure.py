@@ -276,6 +276,9 @@ def along(name: str = "dim") -> Any:
                     axis if axes.same_size(axis.find().size, size) else Axis(size)
                     for axis, size in zip(dims, shape, strict=True)
                 )
+                made = [new for new, axis in zip(kept, dims, strict=True) if new is not axis]
+                call.freeze(made, "needs this axis whole")  # the largest of a share are others
+                call.settled += made
             else:
                 kept = tuple(a for i, a in enumerate(dims) if i not in whole)
             call.outputs.append(kept)
