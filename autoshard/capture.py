@@ -334,13 +334,15 @@ def _quiet() -> Iterator[None]:
         contextlib.redirect_stderr(io.StringIO()),
     ):
         warnings.simplefilter("ignore")
-        logger = logging.getLogger("torch.export")
-        level = logger.level
-        logger.setLevel(logging.ERROR)
+        loggers = [logging.getLogger(name) for name in ("torch.export", "torch._export")]
+        levels = [logger.level for logger in loggers]
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
         try:
             yield
         finally:
-            logger.setLevel(level)
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)
 
 
 def _guards(
