@@ -157,7 +157,7 @@ def step(model: nn.Module, accumulate: int = 2) -> Step:
         grad = parameter.grad
         assert grad is not None, name
         if isinstance(model, autoshard.ParallelModule):
-            grad = stored_parameters.whole(grad, model._share(name))
+            grad = stored_parameters.whole(grad, model.share_of(name))
         done.gradients[name] = grad.detach().clone()
     return done
 

@@ -211,7 +211,7 @@ def whole_gradients(tp_model: autoshard.ParallelModule) -> dict[str, Tensor]:
     return {
         name: torch.zeros(p.shape, dtype=p.dtype)
         if p.grad is None
-        else parameters.whole(p.grad, tp_model._share(name))
+        else parameters.whole(p.grad, tp_model.share_of(name))
         for name, p in tp_model.named_parameters()
     }
 

@@ -167,7 +167,7 @@ class Pair:
             return outputs, gradients_of(model)
         gradients = {}
         for name, p in model.named_parameters():
-            share = self.split._share(name)
+            share = self.split.share_of(name)
             gradient = torch.zeros_like(p) if p.grad is None else p.grad
             gradients[name] = stored.whole(gradient, share).detach().clone()
         return outputs, gradients
