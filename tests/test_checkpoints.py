@@ -11,6 +11,7 @@ import shutil
 import signal
 import sys
 import time
+import traceback
 import warnings
 from pathlib import Path
 from typing import Any
@@ -378,9 +379,13 @@ def _save_and_die(folder: Path, model: nn.Module, moment: int) -> bool:
         sys.addaudithook(hook)
         try:
             autoshard.save(folder, model, extra={"step": int(model.weight[0, 0])})  # type: ignore
-        finally:
-            os._exit(0)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) != 0
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+        os._exit(0)
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    assert code in (0, -signal.SIGKILL)
+    return code != 0
 
 
 def test_killed_at_every_operation(tmp_path: Path) -> None:
