@@ -38,11 +38,14 @@ GRACE = 3.0  # seconds that a rank has to answer
 Line = tuple[str, int]
 
 _graphs: WeakValueDictionary[str, fx.GraphModule] = WeakValueDictionary()
+_files: set[str] = set()  # of all graphs there ever were: a set is asked at every collective
 
 
 def know(module: fx.GraphModule) -> None:
     """Have failures in this graph named by node and layer."""
-    _graphs[type(module).forward.__code__.co_filename] = module
+    file = type(module).forward.__code__.co_filename
+    _graphs[file] = module
+    _files.add(file)
 
 
 def line_of_graph() -> Line | None:
@@ -51,21 +54,25 @@ def line_of_graph() -> Line | None:
     for _ in range(8):
         if frame is None:
             return None
-        if frame.f_code.co_filename in _graphs:
+        if frame.f_code.co_filename in _files:
             return frame.f_code.co_filename, frame.f_lasti
         frame = frame.f_back
     return None
 
 
-def way_and_line() -> tuple[str, Line | None]:
-    """Whether the caller runs in a forward or a backward pass, and the line of the known graph."""
-    frame: FrameType | None = sys._getframe(1)
-    for _ in range(8):
+def way_and_line(depth: int) -> tuple[str, Line | None]:
+    """Whether this runs in a forward or a backward pass, and where in a known graph.
+
+    depth: calls between this one and what an operator of the graph called.
+    """
+    frame: FrameType | None = sys._getframe(depth + 1)
+    for _ in range(6):
         if frame is None:
             break
-        if frame.f_code.co_filename in _graphs:
-            return "forward", (frame.f_code.co_filename, frame.f_lasti)
-        if frame.f_code.co_name == "backward" and "ctx" in frame.f_locals:
+        code = frame.f_code
+        if code.co_filename in _files:
+            return "forward", (code.co_filename, frame.f_lasti)
+        if code.co_name == "backward" and "ctx" in frame.f_locals:
             return "backward", getattr(frame.f_locals["ctx"], "line", None)
         frame = frame.f_back
     return "", None
