@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import re
 import threading
 import time
 from collections.abc import Iterator
 from datetime import timedelta
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
 
+import autoshard
 from autoshard import pending
 from autoshard.errors import CollectiveError
+from autoshard.failures import place_of
+from autoshard.groups import ProcessGroupComm
+from tests.distributed import run_distributed
+from tests.test_failures import Stack
 
 
 class Event:
@@ -120,3 +127,42 @@ def test_nothing_is_noted_within_a_cuda_graph(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     pending.note("all-reduce", [0, 1], SimpleNamespace())  # type: ignore[arg-type]
     assert not pending._issued
+
+
+class Recorded(Event):
+    """An event on no GPU."""
+
+    def __init__(self) -> None:
+        super().__init__(ended=False)
+
+    def record(self) -> None:
+        """As a GPU's."""
+
+
+def noted() -> list[str]:
+    """The places of a step's collectives, noted as if tensors were on a GPU."""
+
+    def note(self: ProcessGroupComm, collective: str, x: torch.Tensor) -> None:
+        pending.note(collective, self.ranks, self.process_group)
+
+    x = torch.randn(3, 8, requires_grad=True)
+    tp_model = autoshard.parallelize(Stack(), 2, (x,), degree="max", check_inputs=False)
+    with (
+        mock.patch.object(ProcessGroupComm, "_note", note),
+        mock.patch.object(torch.cuda, "Event", Recorded),
+        mock.patch.object(torch.cuda, "is_current_stream_capturing", lambda: False),
+        mock.patch.object(pending, "_Watch"),
+    ):
+        tp_model(x).sum().backward()
+    return [str(place_of(one.way, one.line)) for one in pending._issued]
+
+
+@pytest.mark.slow
+def test_each_collective_knows_its_place() -> None:
+    """Pass, operator, layer and node, forward and backward."""
+    for found in run_distributed(noted, 2):
+        layers = [re.sub(r" \(node \w+\)", "", place) for place in found]
+        assert layers == [
+            "the forward of reduce at layers.0.down", "the forward of reduce at layers.1.down",
+            "the backward of copy at layers.1.up", "the backward of copy at layers.0.up",
+        ]  # fmt: skip
