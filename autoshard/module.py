@@ -587,7 +587,9 @@ def _from_state(module: nn.Module, state: dict[str, Any], prefix: str, *rest: An
         name = key[len(prefix) :]
         if name in own and isinstance(state[key], Tensor):
             if tuple(state[key].shape) == tuple(own[name].shape):
-                state[key] = stored_parameters.from_state(state[key], module.share_of(name), mesh)
+                state[key] = stored_parameters.from_state(
+                    state[key], module.share_of(name), own[name], mesh
+                )
 
 
 __all__ = ["DTensor", "ParallelModule", "outputs_to_keep", "plan_hash"]

@@ -100,11 +100,13 @@ def in_ranks_order(value: DTensor, stored: Stored | None) -> DTensor:
     return distribute_tensor(full, value.device_mesh, value.placements, src_data_rank=None)
 
 
-def from_state(value: Tensor, stored: Stored | None, mesh: Mesh) -> Tensor:
-    """The inverse of ``to_state``; a plain whole tensor is taken too."""
+def from_state(value: Tensor, stored: Stored | None, own: Tensor, mesh: Mesh) -> Tensor:
+    """The inverse of ``to_state`` for the parameter `own`; a plain whole tensor is taken too."""
     if isinstance(value, DTensor):
         if in_model_order(stored):
             return value
+        if isinstance(own, DTensor) and own.device_mesh != mesh.tp_mesh:  # split further, by FSDP2
+            return in_ranks_order(value, stored)
         value = value.full_tensor()
     if mesh.tp_mesh is None:
         return value

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.testing import assert_close
 
@@ -238,3 +241,62 @@ def test_precisions() -> None:
         assert found[-1]["scales"] == [2.0**10, 2.0**9, 2.0**9]
     for one in ranks[1:]:
         assert_close(one, ranks[0], rtol=0, atol=0)
+
+
+# -- beside data parallelism ----------------------------------------------------------------------
+
+
+def hybrid_batches(rows: slice) -> Iterator[dict[str, Tensor]]:
+    """Four rows a step, of which a data parallel copy takes two."""
+    for batch in batches(2 * STEPS):
+        yield {n: torch.cat([t[:2], t[:2].flip(1)])[rows] for n, t in batch.items()}
+
+
+def hybrid(folder: str) -> dict[str, Any]:
+    """FSDP2 over dp beside tp: gradients of all four rows, clipped; saved, loaded, gone on."""
+    batch = next(batches(1))
+    rows, found = slice(None), {}
+    for round_ in ("first", "second"):
+        model: nn.Module = model_of()
+        if dist.is_initialized():
+            model = autoshard.parallelize(model, 2, batch, degree="max")
+            mesh = model.mesh
+            assert mesh is not None
+            fully_shard(model, mesh=mesh["dp"])
+            rows = slice(2 * mesh.get_local_rank("dp"), 2 * mesh.get_local_rank("dp") + 2)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        if round_ == "second":
+            autoshard.load(folder, model, optimizer)
+        norms = []
+        for step, part in enumerate(hybrid_batches(rows)):
+            if (step < STEPS) != (round_ == "first"):
+                continue
+            optimizer.zero_grad()
+            model(**part)[1].backward()
+            norms.append(whole(torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1)).detach())
+            optimizer.step()
+        if round_ == "first":
+            autoshard.save(folder, model, optimizer)
+        found[round_] = torch.stack(norms)
+    state_dict = (
+        model.full_state_dict() if isinstance(model, autoshard.ParallelModule) else state(model)
+    )
+    return {**found, "state": state_dict}
+
+
+@pytest.mark.slow
+def test_fsdp2_beside_it(tmp_path: Path) -> None:
+    """The hybrid trains as one process does on all rows; its checkpoint is the plain model's."""
+    right = hybrid(str(tmp_path / "plain"))
+    for found in run_distributed(hybrid, 4, str(tmp_path / "hybrid"), timeout=300):
+        assert_close(found, right, rtol=1e-9, atol=1e-11)
+    one, other = model_of(), model_of()
+    for name, model in (("plain", one), ("hybrid", other)):
+        optimizer = torch.optim.AdamW(model.parameters())
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the plain model has no streams of dropout
+            autoshard.load(tmp_path / name, model, optimizer)
+        moments = {n: optimizer.state[p]["exp_avg"] for n, p in model.named_parameters()}
+        model.moments = moments
+    assert_close(dict(other.state_dict()), dict(one.state_dict()), rtol=1e-9, atol=1e-11)
+    assert_close(other.moments, one.moments, rtol=1e-9, atol=1e-11)
