@@ -17,10 +17,18 @@ from autoshard.locate import Located, locate
 from autoshard.measures import relative_error
 from autoshard.pipeline import held_by_ranks
 from autoshard.rules import RULES, rule_for
-from tests.faults import KINDS, Fault
+from tests.mutations import faults as mutants
+from tests.mutations.faults import Fault
 from tests.test_negative_control import Subject, subject
 
 TOLERANCE = 1e-10
+
+# One node is changed by each, at a place that can be named.
+GENERATORS = (
+    mutants.removed, mutants.bypassed, mutants.duplicated, mutants.swapped, mutants.other_numbers,
+    mutants.exchanged, mutants.another_operand, mutants.without_stream, mutants.other_layouts,
+    mutants.bias_on_every_rank, mutants.scaled, mutants.stored_otherwise, mutants.segments_exchanged,
+)  # fmt: skip
 
 
 def located(tried: Subject, fault: Fault) -> Located | None:
@@ -57,53 +65,54 @@ def places(tried: Subject, fault: Fault, way: str) -> set[str]:
     return found
 
 
-def faults(tried: Subject, kinds: Any, count: int) -> Iterator[Fault]:
-    """Some of each kind, drawn with a fixed seed; those that no group could run left out."""
+def faults(tried: Subject, generators: Any, count: int) -> Iterator[tuple[bool, Fault]]:
+    """Some of each generator, drawn with a fixed seed; whether it changes how a parameter is stored."""
     drawn = random.Random(0)
-    for kind in kinds:
-        made = [f for f in KINDS[kind](tried.sharded) if f.kind not in ("group",)]
-        yield from drawn.sample(made, min(count, len(made)))
+    for generator in generators:
+        made = list(generator(tried.sharded))
+        for fault in drawn.sample(made, min(count, len(made))):
+            yield generator is mutants.stored_otherwise, fault
 
 
 @pytest.mark.parametrize(
-    ("name", "tp", "kinds", "count"),
+    ("name", "tp", "generators", "count"),
     [
-        ("gpt2", 2, ("removed", "swapped"), 2),
-        pytest.param("gpt2", 2, tuple(KINDS), 3, marks=pytest.mark.slow),
-        pytest.param("bloom", 4, tuple(KINDS), 1, marks=pytest.mark.slow),
+        ("gpt2", 2, (mutants.removed, mutants.swapped), 2),
+        pytest.param("gpt2", 2, GENERATORS, 3, marks=pytest.mark.slow),
+        pytest.param("bloom", 4, GENERATORS, 1, marks=pytest.mark.slow),
     ],
 )
-def test_a_fault_is_found_where_it_is(name: str, tp: int, kinds: Any, count: int) -> None:
+def test_a_fault_is_found_where_it_is(name: str, tp: int, generators: Any, count: int) -> None:
     """At the changed node or a direct user of it; a gradient at what the changed node was given."""
     tried = subject(name, tp)
     missed, found = [], 0
-    for fault in faults(tried, kinds, count):
+    for stored, fault in faults(tried, generators, count):
         try:
             place = located(tried, fault)
         except (IndexError, ValueError):  # a dimension, or a degree, that there is not: nothing ran
-            assert fault.kind == "stored"
+            assert stored, fault
             continue
         if place is None:  # another text of the same function: verify says so too
-            assert tried.compare(fault.sharded.graph).ok or fault.kind == "stored", fault
+            assert tried.compare(fault.sharded.graph).ok or stored, fault
             continue
         found += 1
         handed_out = place.operator.startswith("output")  # a call before the output is left out
         if place.node not in places(tried, fault, "backward" if handed_out else place.way):
             missed.append((fault.kind, fault.node, fault.what, place))
-    assert found >= min(10, len(kinds))
+    assert found >= min(10, len(generators))
     assert not missed, f"{len(missed)} of {found}: {missed[:3]}"
 
 
 def test_the_right_graph_has_no_such_place() -> None:
     """Rounding is no difference."""
     tried = subject("gpt2", 2)
-    assert located(tried, Fault("none", "", "", tried.sharded)) is None
+    assert located(tried, Fault("none", "", "", lambda: tried.sharded)) is None
 
 
 def test_a_missing_copy_is_found_in_the_backward() -> None:
     """All values are right; the gradient of what should have entered is the first that is not."""
     tried = subject("gpt2", 2)
-    (fault,) = [f for f in KINDS["removed"](tried.sharded) if f.node == "view_8_copy"]
+    (fault,) = [f for f in mutants.removed(tried.sharded) if f.node == "view_8_copy"]
     assert _named(tried.sharded.graph, fault.node).target is ops.copy  # type: ignore[union-attr]
     place = located(tried, fault)
     assert place is not None and (place.stage, place.way) == ("split", "backward")
