@@ -97,7 +97,7 @@ class Subject:
             given = boundary_inputs(program, tp, (), inputs_of(self.spec, shape))
             report = verification.compare(self.model, program, sharded, plan, *given, self.dtype)
         if not report.ok:
-            limit = rounding(self.model, given[1], self.dtype)
+            limit = rounding(self.model, given[1], self.dtype, tp)
             law(
                 report.max_relative_error < limit,
                 f"verify: {report}; rounding gives {limit:.1e}; degrees {plan.degrees}; shape {shape}",
@@ -155,11 +155,12 @@ def distance(made: Values, expected: Values) -> dict[str, float]:
     return outputs | {n: relative_error([made[1][n]], g, largest) for n, g in expected[1].items()}
 
 
-def rounding(model: nn.Module, batch: dict[str, Tensor], dtype: torch.dtype) -> float:
+def rounding(model: nn.Module, batch: dict[str, Tensor], dtype: torch.dtype, ranks: int = 1) -> float:
     """The tolerance, or what rounding does to this very model, where that is more.
 
     Estimated by the model's own distance, in this dtype (float32 for float64, scaled), from itself
-    in higher precision. A sum over ranks rounds otherwise than a sum on one, and no more than this.
+    in higher precision. A sum on one rank is rounded once; of a sum over ranks each rank's part is,
+    and where the parts cancel each of them is larger than the sum.
     """
     lower = torch.float32 if dtype is torch.float64 else dtype
     exact = ran(model, batch, torch.float64)
@@ -167,4 +168,4 @@ def rounding(model: nn.Module, batch: dict[str, Tensor], dtype: torch.dtype) -> 
     higher = [o.double() for o in coarse[0]], {n: g.double() for n, g in coarse[1].items()}
     errors = [e for e in distance(higher, exact).values() if e == e]
     own = max(errors, default=0.0) * STEP[dtype] / STEP[lower]
-    return max(TOLERANCE[dtype], (10 if dtype is lower else 100) * own)
+    return max(TOLERANCE[dtype], (10 if dtype is lower else 100) * ranks * own)
