@@ -144,11 +144,28 @@ def _operator(cls: Any, leaves: tuple[Any, ...], spec: pytree.TreeSpec) -> str:
     name = f"{cls.__name__}_{digest.hexdigest()[:6]}"
     while name in _KNOWN:  # another class of the same name
         name += "_"
-    made = _KNOWN[name] = _Kept(cls, leaves, spec, [])
+    _define(name, _Kept(cls, leaves, spec, []))
+    return name
+
+
+def _define(name: str, made: _Kept) -> None:
+    _KNOWN[name] = made
     _LIBRARY.define(f"{name}(Tensor?[] tensors, SymInt[] sizes) -> Tensor[]")
     for key in ("CompositeExplicitAutograd", "Autograd", "Meta"):
         _LIBRARY.impl(name, made, key)
-    return name
+
+
+def packed(target: Any) -> Any:
+    """What another process needs to run this operator, which is kept: to be pickled, for ``unpack``."""
+    name = target._schema.name.partition("::")[2]
+    return name, _KNOWN[name]
+
+
+def unpack(given: Any) -> None:
+    """Make the operator that another process packed, where there is none."""
+    name, made = given
+    if name not in _KNOWN:
+        _define(name, made)
 
 
 class _Traced(TorchDispatchMode):

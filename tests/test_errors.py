@@ -163,12 +163,13 @@ def test_a_model_parallelized_twice() -> None:
 
 
 def test_a_model_on_the_meta_device() -> None:
-    """plan works, parallelize names the first parameter without a value."""
+    """plan works; so does parallelize, but a call names the first parameter without a value."""
     with torch.device("meta"):
         model = MLP()
     assert autoshard.plan(model, 2, INPUT, degree="max").sharded_fraction == 1.0
-    with pytest.raises(AutoshardError, match=r"up\.weight and 3 other parameters .* meta device"):
-        autoshard.parallelize(model, 1, INPUT, degree="max")
+    tp_model = autoshard.parallelize(model, 1, INPUT, degree="max")
+    with pytest.raises(AutoshardError, match=r"down\.bias and 3 other parameters .* meta device"):
+        tp_model(*INPUT)
 
 
 @pytest.mark.parametrize(

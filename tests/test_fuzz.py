@@ -16,7 +16,7 @@ from torch import fx
 from autoshard import ops
 from tests.fuzz import laws
 from tests.fuzz.laws import CAPTURED, Broken, Subject
-from tests.fuzz.machine import Machine
+from tests.fuzz.machine import RANKS, Machine
 from tests.fuzz.pair import Pair
 from tests.fuzz.ranks import Ranks
 from tests.fuzz.reduce import reduced
@@ -95,6 +95,13 @@ def test_other_numbers_are_noticed(tmp_path: Path) -> None:
     for wrong in (lambda: pair.same(CAPTURED, 0), lambda: pair.reload("file", tmp_path)):
         with pytest.raises(Broken):
             wrong()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def nothing_left() -> Iterator[None]:
+    """The state machine's processes end with these tests."""
+    yield
+    RANKS.stop()
 
 
 @pytest.fixture

@@ -31,6 +31,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from autoshard import layouts, ops, shares
+from autoshard.autograd_functions import is_kept, packed, unpack
 from autoshard.capture import Captured
 from autoshard.groups import Group, ProcessGroupComm, ReduceOp, SingleGroup
 from autoshard.random_streams import RandomStream
@@ -67,9 +68,12 @@ class Written:
     parameters: dict[str, str]
     buffers: dict[str, str]
     constants: dict[str, Tensor]
+    functions: list[Any]
 
     def graph(self) -> fx.Graph:
         """The graph again."""
+        for function in self.functions:  # of the model's own, which the capture made operators
+            unpack(function)
         graph = fx.Graph()
         made: dict[str, fx.Node] = {}
 
@@ -104,6 +108,7 @@ def written(sharded: Sharded, captured: Captured) -> Written:
     return Written(
         nodes, dict(sharded.stored), list(captured.inputs), dict(captured.parameters),
         dict(captured.buffers), dict(captured.constants),
+        [packed(n.target) for n in sharded.graph.nodes if is_kept(n.target)],
     )  # fmt: skip
 
 
