@@ -587,6 +587,7 @@ def _from_state(module: nn.Module, state: dict[str, Any], prefix: str, *rest: An
         name = key[len(prefix) :]
         if name in own and isinstance(state[key], Tensor):
             if tuple(state[key].shape) == tuple(own[name].shape):
+                module._empty.discard(module._names[name])
                 state[key] = stored_parameters.from_state(
                     state[key], module.share_of(name), own[name], mesh
                 )

@@ -178,6 +178,26 @@ def test_the_plain_model_saves_too(tmp_path: Path) -> None:
         assert_close(torch.stack(steps(other, again, 2, seed=2)), torch.stack(losses))
 
 
+def test_a_model_without_memory_is_filled(tmp_path: Path) -> None:
+    """What was built on the meta device runs after a load, of a checkpoint or of a state dict."""
+    model = plain().eval()
+    autoshard.save(tmp_path, model)
+    batch = nanogpt.inputs(model)
+    for fill in (
+        lambda m: m.load_state_dict(model.state_dict()),
+        lambda m: autoshard.load(tmp_path, m),
+    ):
+        with autoshard.meta_parameters():
+            empty = nanogpt.GPT(model.config).eval()
+        tp_model = autoshard.parallelize(empty, 1, batch)
+        with pytest.raises(autoshard.AutoshardError, match="have no values"):
+            tp_model(**batch)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the plain model has no streams of dropout
+            fill(tp_model)
+        assert_close(tp_model(**batch), model(**batch))
+
+
 def test_options_and_dtypes_of_an_optimizer(tmp_path: Path) -> None:
     """A learning rate that a scheduler changed; momentum finer than its parameter; no state yet."""
     model = nn.Linear(3, 2, dtype=torch.bfloat16)
