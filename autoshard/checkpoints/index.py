@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -142,15 +142,17 @@ def _instead(folder: Path) -> str:
     return f"{folder} holds no {NAME}: no save to it was ever completed, or it is another folder"
 
 
-def check(folder: Path, index: Index, files: Iterable[str], bytes_too: bool = True) -> None:
-    """Whether these files hold what the index says.
+def check(folder: Path, index: Index, compared: Collection[str]) -> None:
+    """Whether the files hold what the index says.
+
+    Args:
+        compared: the files whose every byte is looked at; of others the header is.
 
     Raises:
         CheckpointError: a file that is missing, truncated, or another one, with the first tensor that
             is not as it was written.
     """
-    for name in files:
-        size, chunks = index.files[name]
+    for name, (size, chunks) in sorted(index.files.items()):
         path = folder / index.data / name
         if not path.exists():
             raise _damaged(path, "is missing", chunks[0], len(chunks))
@@ -169,10 +171,7 @@ def check(folder: Path, index: Index, files: Iterable[str], bytes_too: bool = Tr
                     if is_ != (chunk.dtype, chunk.shape):
                         what = f"is another file: there it is {is_[0]} {list(is_[1])}"
                         raise _damaged(path, what, chunk, len(chunks))
-                    if (
-                        bytes_too
-                        and int(fingerprint(file.get_tensor(chunk.tensor))) != chunk.fingerprint
-                    ):
+                    if name in compared and _number(file, chunk) != chunk.fingerprint:
                         raise _damaged(path, "holds other values than were written", chunk, len(chunks))
         except SafetensorError as error:
             raise _damaged(path, f"cannot be read ({error})", chunks[0], len(chunks)) from error
@@ -192,9 +191,8 @@ def _first_lost(path: Path, chunks: tuple[Chunk, ...]) -> Chunk:
             ends = {c.tensor: header[c.tensor]["data_offsets"][1] for c in chunks}
         except (ValueError, KeyError, TypeError, MemoryError, OverflowError):
             return chunks[0]
-    return next(
-        (c for c in sorted(chunks, key=lambda c: ends[c.tensor]) if ends[c.tensor] > there), chunks[0]
-    )
+    lost = [c for c in chunks if ends[c.tensor] > there]
+    return min(lost or chunks, key=lambda c: ends[c.tensor])
 
 
 def _damaged(path: Path, what: str, chunk: Chunk, count: int) -> CheckpointError:
