@@ -65,7 +65,7 @@ def note(collective: str, ranks: Sequence[int], group: dist.ProcessGroup) -> Non
 def _forget_ended() -> int:
     """Drop what has ended; how many did. They end in order, so that few are asked.
 
-    Each question gives up the interpreter's lock: to ask all of them made steps 20 % longer.
+    Each question gives up the interpreter's lock, for which the thread then waits again.
     """
     first, last = 0, len(_issued)
     while first < last:
