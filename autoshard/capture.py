@@ -33,6 +33,7 @@ from autoshard.analysis import CHECKPOINT
 from autoshard.autograd_functions import kept, lost_in_strict
 from autoshard.compat import autograd_functions_inlined, checkpoints_entered, without_modes
 from autoshard.errors import CaptureError
+from autoshard.guards import Holds, shape_guard
 
 SMALL = 2**16  # elements
 DROPOUTS = (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout)
@@ -49,7 +50,7 @@ class Captured:
         constants: placeholder -> a tensor made in ``forward``.
         inputs: placeholders of the tensor inputs, in pytree order; None where an input is no tensor.
         out_spec: how the flat outputs are put together.
-        holds: raises where the graph does not hold for these flat inputs (shapes, constants).
+        holds: whether the graph holds for flat inputs of these shapes.
     """
 
     graph: fx.Graph
@@ -58,7 +59,7 @@ class Captured:
     constants: dict[str, Tensor]
     inputs: tuple[str, ...]
     out_spec: pytree.TreeSpec
-    holds: Callable[[list[Any]], None]
+    holds: Holds
 
     @property
     def differentiable(self) -> set[str]:
@@ -169,7 +170,7 @@ def capture(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     assert program.call_spec.out_spec is not None
     return Captured(
         graph, parameters, buffers, constants, tuple(inputs), program.call_spec.out_spec,
-        _guards(program, graph, tuple(inputs)),
+        _holds(program, graph, tuple(inputs)),
     )  # fmt: skip
 
 
@@ -345,57 +346,9 @@ def _quiet() -> Iterator[None]:
                 logger.setLevel(level)
 
 
-def _guards(
+def _holds(
     program: torch.export.ExportedProgram, graph: fx.Graph, inputs: tuple[str, ...]
-) -> Callable[[list[Any]], None]:
-    """A check of flat inputs against the shapes that the graph was captured for.
-
-    Symbols are read off the first dimension that is one symbol; every other dimension must agree.
-    """
-    expected: list[tuple[str, Any]] = []
-    for node in graph.nodes:
-        if node.op == "placeholder" and node.name in inputs:
-            expected.append((node.name, node.meta.get("val")))
-    ranges = {str(symbol): bounds for symbol, bounds in program.range_constraints.items()}
-    extra = _shape_guards(expected)
-
-    def holds(flat: list[Any]) -> None:
-        symbols: dict[Any, int] = {}
-        pending: list[tuple[str, Any, int]] = []
-        for (name, value), given in zip(expected, flat, strict=True):
-            if not isinstance(value, Tensor):
-                continue
-            if given.dim() != value.dim() or given.dtype != value.dtype:
-                raise ValueError(f"{name} is {given.dtype} of rank {given.dim()}")
-            for size, actual in zip(value.shape, given.shape, strict=True):
-                if isinstance(size, int):
-                    if size != actual:
-                        raise ValueError(f"{name} has {actual}, captured for {size}")
-                    continue
-                expression = size.node.expr
-                if expression.is_Symbol and expression not in symbols:
-                    symbols[expression] = actual
-                    bounds = ranges.get(str(expression))
-                    if bounds is not None and not bounds.lower <= actual <= bounds.upper:
-                        raise ValueError(f"{name} has {actual}, captured for {bounds}")
-                else:
-                    pending.append((name, expression, actual))
-        for name, expression, actual in pending:
-            if int(expression.subs(symbols)) != actual:
-                raise ValueError(f"{name} has {actual}, captured for {expression}")
-        for guard in extra:
-            value = guard.subs(symbols)
-            if value == False:  # noqa: E712  (a sympy truth value)
-                raise ValueError(f"the graph holds for {guard} only")
-
-    return holds
-
-
-def _shape_guards(expected: list[tuple[str, Any]]) -> list[Any]:
-    for _, value in expected:
-        if isinstance(value, Tensor):
-            for size in value.shape:
-                if isinstance(size, torch.SymInt):
-                    environment = size.node.shape_env
-                    return [g.expr for g in environment.guards] if environment else []
-    return []
+) -> Holds:
+    found = {n.name: n.meta.get("val") for n in graph.nodes if n.op == "placeholder"}
+    ranges = {str(s): (r.lower, r.upper) for s, r in program.range_constraints.items()}
+    return shape_guard([found[name] for name in inputs], ranges)

@@ -14,6 +14,10 @@
   default timeout (30 minutes), whatever ``init_process_group`` was told.
 - ``torch.utils.checkpoint.CheckpointFunction`` and ``_checkpoint_without_reentrant_generator`` (torch
   2.13): what ``checkpoint`` calls, by name. Models hold ``checkpoint`` itself since their import.
+- ``PythonPrinter`` (torch 2.11, 2.13): the sizes that a capture finds are sympy expressions with functions
+  of torch's own, which it writes as Python.
+- ``_dispatch_tls_set_dispatch_key_excluded`` (torch 2.13): an operator of our own runs below autograd; one
+  whose backward runs a forward once more needs it there.
 - ``UntypedStorage._cdata`` (torch 2.11, 2.13): which traced tensors share memory. Traced storages have
   no address, and storages do not compare.
 """
@@ -34,6 +38,7 @@ from torch.autograd.function import once_differentiable
 from torch.distributed import distributed_c10d
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._sympy.printers import PythonPrinter
 
 
 @contextlib.contextmanager
@@ -161,6 +166,28 @@ def storage_key(tensor: Tensor) -> int | None:
         return int(tensor.untyped_storage()._cdata)
     except NotImplementedError:
         return None
+
+
+@contextlib.contextmanager
+def autograd_again() -> Iterator[None]:
+    """Inside an operator of ``torch.library.custom_op``: what runs can be differentiated."""
+    keys = [
+        getattr(torch._C.DispatchKey, name) for name in ("AutogradFunctionality", "ADInplaceOrView")
+    ]
+    before = [torch._C._dispatch_tls_is_dispatch_key_excluded(key) for key in keys]
+    for key in keys:
+        torch._C._dispatch_tls_set_dispatch_key_excluded(key, False)
+    try:
+        with torch.enable_grad():
+            yield
+    finally:
+        for key, excluded in zip(keys, before, strict=True):
+            torch._C._dispatch_tls_set_dispatch_key_excluded(key, excluded)
+
+
+def as_python(expression: Any) -> str:
+    """An expression of symbolic sizes, as Python."""
+    return str(PythonPrinter().doprint(expression))
 
 
 def default_store() -> distributed_c10d.Store | None:

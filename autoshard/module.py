@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import hashlib
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,12 +27,22 @@ from autoshard.finite import FiniteWatch
 from autoshard.groups import ProcessGroupComm
 from autoshard.huggingface import body_prefix
 from autoshard.inputs import normalized_inputs
+from autoshard.layers import container, find
 from autoshard.mesh import Mesh
 from autoshard.parameters import Stored
 from autoshard.pipeline import Program, analyse, rewrite
 from autoshard.plans import Plan
 from autoshard.progress import each
-from autoshard.rank import place_on, placeholder_values, rank_module
+from autoshard.random_streams import RandomStream, begin_traced, end_traced
+from autoshard.rank import (
+    Source,
+    layered_module,
+    place_on,
+    placeholder_values,
+    random_groups,
+    rank_module,
+    sources,
+)
 from autoshard.replay import Subject, verify_ranks
 from autoshard.replicas import check_replicas
 from autoshard.sharded import Sharded, SplitOutput
@@ -43,11 +54,20 @@ LOGITS = ("auto", "whole", "sharded")
 
 @dataclass(frozen=True, eq=False)
 class Compiled:
-    """One rewritten graph: what it was captured for, and the module that runs it."""
+    """One rewritten graph: what it was captured for, and the module that runs it.
 
+    Attributes:
+        key: what it was captured for, shapes aside (`_key`).
+        module: runs it, layer by layer, over the values of `sources`.
+        streams: what it draws random numbers from.
+    """
+
+    key: Any
     program: Program
     sharded: Sharded
     module: fx.GraphModule
+    sources: tuple[Source, ...]
+    streams: tuple[RandomStream, ...]
 
     @property
     def captured(self) -> Captured:
@@ -89,14 +109,15 @@ class ParallelModule(nn.Module):
         self._stored: dict[str, Stored] = {
             program.captured.parameters[p]: share for p, share in sharded.stored.items()
         }
-        self._compiled: dict[Any, list[Compiled]] = {}
+        self._compiled: list[Compiled] = []
         self._fits: dict[Any, Compiled] = {}
         self._names = tied_names(skeleton)
         self._empty = {n for n, t in tensors.items() if t.is_meta}  # parameters without a value so far
         self._hold(skeleton, tensors)
         self.train(skeleton.training)
-        self._last = self._bind(program, sharded)
-        self._compiled[self._key(*example)[0]] = [self._last]
+        key, _ = self._key(*example)
+        self._last = self._bind(key, program, sharded)
+        self._compiled.append(self._last)
         self.register_state_dict_post_hook(_to_state)  # type: ignore[no-untyped-call]
         self.register_load_state_dict_pre_hook(_from_state)  # type: ignore[no-untyped-call]
 
@@ -137,23 +158,21 @@ class ParallelModule(nn.Module):
                 f"{min(self._empty)} and {len(self._empty) - 1} other parameters have no values: the "
                 "model was built on the meta device; call load_weights or init_weights"
             )
+        if torch.compiler.is_compiling():
+            return self._traced(args, kwargs)
         key, flat = self._key(args, kwargs)
         known = self._known(key, flat)
         self.__dict__["_input_check"](known, args, kwargs, self.training)
         compiled = self._find(key, flat, args, kwargs, known)
-        values = placeholder_values(
-            compiled.sharded, compiled.captured, self._local(compiled), self._whole_buffers(), flat
-        )
         watch: FiniteWatch | None = self.__dict__.get("_watch")
         if watch is None:
-            results = compiled.module(*values)
-        else:
-            results = watch.run(self._flat(compiled), compiled.captured.parameters, values)
-        outputs = [
-            result if split is None else self._split_output(result, split)
-            for result, split in zip(results, compiled.sharded.outputs, strict=True)
-        ]
-        return pytree.tree_unflatten(outputs, compiled.captured.out_spec)
+            return self._run(compiled, flat)
+        values = placeholder_values(
+            compiled.sharded, compiled.captured,
+            stored_parameters.local(dict(self.named_parameters())), dict(self.named_buffers()), flat,
+        )  # fmt: skip
+        results = watch.run(self._flat(compiled), compiled.captured.parameters, values)
+        return self._packed(compiled, results)
 
     def load_weights(self, path: str | Path, strict: bool = True) -> tuple[str, ...]:
         """Read parameters and buffers from safetensors, each rank its rows; every rank calls it.
@@ -354,7 +373,7 @@ class ParallelModule(nn.Module):
             "_lines": self.__dict__.get("_lines", {}),
             "_skeleton": make_skeleton(self.__dict__["_skeleton"]),
             "_mesh": self.__dict__["_mesh"],
-            "_compiled": {key: list(graphs) for key, graphs in self._compiled.items()},
+            "_compiled": list(self._compiled),
             "_fits": dict(self._fits),
             "_last": self._last,
             "plan": self.plan,
@@ -375,14 +394,14 @@ class ParallelModule(nn.Module):
             if first not in made:
                 value = stored_parameters.make_parameter(tensors[first], self._stored.get(first), mesh)
                 made[first] = nn.Parameter(value, requires_grad=hollow.requires_grad)
-            module, last = stored_parameters.container(self, name)
+            module, last = container(self, skeleton, name)
             module.register_parameter(last, made[first])  # type: ignore[arg-type]
         for name, _ in skeleton.named_buffers(remove_duplicate=False):
             first = self._names[name]
             if first not in made:
                 made[first] = tensors[first].detach().to(mesh.device, copy=True)
             owner = skeleton.get_submodule(name.rpartition(".")[0])
-            module, last = stored_parameters.container(self, name)
+            module, last = container(self, skeleton, name)
             persistent = last not in owner._non_persistent_buffers_set
             module.register_buffer(last, made[first], persistent=persistent)
 
@@ -399,17 +418,62 @@ class ParallelModule(nn.Module):
             found[name] = Slot(share.detach(), tensor.shape, self.share_of(name))
         return found
 
-    def _local(self, compiled: Compiled) -> dict[str, Tensor]:
-        return stored_parameters.local(dict(self.named_parameters()))
+    def _run(self, compiled: Compiled, flat: list[Any]) -> Any:
+        """The graph on the parameters as they are now, layer by layer."""
+        names = {s.name: find(self, s.name) for s in compiled.sources if s.kind == "parameter"}
+        parameters = stored_parameters.local(names)
+        values = []
+        for source in compiled.sources:
+            if source.kind == "parameter":
+                values.append(parameters[source.name])
+            elif source.kind == "input":
+                values.append(flat[source.index])
+            elif source.kind == "constant":
+                values.append(compiled.captured.constants[source.name])
+            else:
+                values.append(find(self, source.name))
+        return self._packed(compiled, compiled.module(*values))
 
-    def _whole_buffers(self) -> dict[str, Tensor]:
-        return dict(self.named_buffers())
+    def _packed(self, compiled: Compiled, results: Iterable[Any]) -> Any:
+        """The model's outputs from the graph's flat ones."""
+        outputs = [
+            result if split is None else self._split_output(self._kept(result), split)
+            for result, split in zip(results, compiled.sharded.outputs, strict=True)
+        ]
+        return pytree.tree_unflatten(outputs, compiled.captured.out_spec)
+
+    def _kept(self, share: Tensor) -> Tensor:
+        """A share that leaves beside a loss. A compiled graph has to give every output a gradient, and
+        PyTorch (2.11 to 2.13, issue 172556) fails where that of a DTensor is missing, as it is here
+        in ordinary training."""
+        if self.logits == "sharded" or not torch.compiler.is_compiling() or not share.requires_grad:
+            return share
+        _say_detached()
+        return share.detach()
+
+    def _traced(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The forward within torch.compile: the graph that was captured for such inputs."""
+        key, flat = self._key(args, kwargs)
+        for compiled in self._compiled:
+            if compiled.key == key and compiled.captured.holds(flat):
+                begun = begin_traced(compiled.streams, self.__dict__["_mesh"].device)
+                result = self._run(compiled, flat)
+                end_traced(begun)
+                return result
+        return self._not_traced(*args, **kwargs)
+
+    @torch.compiler.disable(  # type: ignore[untyped-decorator]
+        reason="there is no graph for such inputs yet: call the model with them once, not compiled, or "
+        "pass them as example_inputs= to parallelize"
+    )
+    def _not_traced(self, *args: Any, **kwargs: Any) -> Any:
+        return self(*args, **kwargs)
 
     def _known(self, key: Any, flat: list[Any]) -> Compiled | None:
         """The graph that holds for these inputs; None where it has still to be captured."""
         place = key, _shapes(flat)
         if place not in self._fits:
-            fitting = (c for c in self._compiled.get(key, ()) if _holds(c, flat))
+            fitting = (c for c in self._compiled if c.key == key and c.captured.holds(flat))
             known = next(fitting, None)
             if known is None:
                 return None
@@ -420,13 +484,13 @@ class ParallelModule(nn.Module):
         self, key: Any, flat: list[Any], args: tuple[Any, ...], kwargs: Any, known: Compiled | None
     ) -> Compiled:
         if known is None:
-            known = self._capture(args, kwargs)
-            self._compiled.setdefault(key, []).append(known)
+            known = self._capture(key, args, kwargs)
+            self._compiled.append(known)
             self._fits[key, _shapes(flat)] = known
         self.__dict__["_last"] = known
         return known
 
-    def _capture(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Compiled:
+    def _capture(self, key: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Compiled:
         """Capture again for another signature; the parameters stay as they lie."""
         skeleton: nn.Module = self.__dict__["_skeleton"]
         skeleton.train(self.training)
@@ -448,20 +512,21 @@ class ParallelModule(nn.Module):
                     f"{_in_words(lying.get(name))}: pass inputs like them as example_inputs= to "
                     "parallelize, or give its region degree 1"
                 )
-        return self._bind(program, sharded)
+        return self._bind(key, program, sharded)
 
-    def _bind(self, program: Program, sharded: Sharded) -> Compiled:
+    def _bind(self, key: Any, program: Program, sharded: Sharded) -> Compiled:
         mesh: Mesh = self.__dict__["_mesh"]
         place_on(sharded, mesh.device)
         program.captured.constants.update(
             {n: t.to(mesh.device) for n, t in program.captured.constants.items()}
         )
-        return Compiled(program, sharded, rank_module(sharded, mesh.group))
+        return Compiled(
+            key, program, sharded, layered_module(sharded, mesh.group), sources(sharded, program.captured),
+            tuple(mesh.group(degree).stream for degree in random_groups(sharded)),
+        )  # fmt: skip
 
     def _flat(self, compiled: Compiled) -> fx.GraphModule:
-        """The graph with nothing computed again: the same values, each to be looked at once."""
-        if compiled.sharded.nested is None:
-            return compiled.module
+        """The graph with no layers and nothing computed again: every value, each once."""
         mesh: Mesh = self.__dict__["_mesh"]
         return rank_module(compiled.sharded, mesh.group, flat=True)
 
@@ -505,6 +570,17 @@ class ParallelModule(nn.Module):
         yield from self.named_buffers(remove_duplicate=False)
 
 
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _say_detached() -> bool:
+    """Once for each compilation."""
+    warnings.warn(
+        "within torch.compile the logits beside a loss carry no gradient; if they are part of what you "
+        "train on, pass logits='sharded' to parallelize",
+        stacklevel=2,
+    )
+    return True
+
+
 def outputs_to_keep(program: Program, training: bool, logits: str) -> tuple[int, ...]:
     """The flat outputs that leave as shares: beside a loss in train mode, nobody reads them whole."""
     output = next(n for n in reversed(program.analysis.graph.nodes) if n.op == "output")
@@ -520,9 +596,7 @@ def outputs_to_keep(program: Program, training: bool, logits: str) -> tuple[int,
 
 def plan_hash(plan: Plan, sharded: Sharded | None = None) -> str:
     """What must be the same on all ranks: the plan and the rewritten graph."""
-    graphs = [] if sharded is None else [sharded.graph]
-    if sharded is not None and sharded.nested is not None:
-        graphs += [sharded.nested.graph, *sharded.nested.bodies.values()]
+    graphs = () if sharded is None else sharded.graphs
     graph = [n.format_node() for g in graphs for n in g.nodes]
     text = f"{plan.tp} {plan.fingerprint} {sorted(plan.degrees.items())} {graph}"
     return hashlib.sha256(text.encode()).hexdigest()
@@ -543,14 +617,6 @@ def _tied_degree(plan: Plan, program: Program, name: str) -> int:
                         if parameter in by_parameter:
                             return by_parameter[parameter]
     return 1
-
-
-def _holds(compiled: Compiled, flat: list[Any]) -> bool:
-    try:
-        compiled.captured.holds(flat)
-    except ValueError:
-        return False
-    return True
 
 
 def _shapes(flat: list[Any]) -> tuple[tuple[int, ...] | None, ...]:

@@ -118,10 +118,18 @@ def checkpointed(
     if not torch.is_grad_enabled():
         return body(*operands)
     again = partial(checkpoint, body, *operands, use_reentrant=False, preserve_rng_state=False)
-    if not streams:
+    if not streams or torch.compiler.is_compiling():  # there masks are functions of their seeds
         return cast(tuple[T, ...], again())
     contexts = partial(checkpoint_contexts, [group.stream for group in streams])
     return cast(tuple[T, ...], again(context_fn=contexts))
+
+
+def call_layer(layer: Callable[..., T], body: Callable[..., T], names: tuple[str, ...], *operands: Any) -> T:
+    """`layer(body, names, *operands)`: a module of the model runs its part of the graph.
+
+    layer: gives `body(*parameters, *operands)` with its own parameters of these names (`layers.Layer`).
+    """
+    return layer(body, names, *operands)
 
 
 def vocab_embedding(
@@ -254,8 +262,8 @@ class _Copy(torch.autograd.Function):
 class _Reduce(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: Group, inplace: bool) -> Tensor:
-        inplace = inplace and x.is_contiguous() and not x._is_view() and not _is_leaf(x)
         inplace = inplace and not torch.compiler.is_compiling()  # functional collectives there
+        inplace = inplace and x.is_contiguous() and not x._is_view() and not _is_leaf(x)
         if inplace:
             ctx.mark_dirty(x)
         y = group.all_reduce(x, inplace=inplace)
@@ -420,6 +428,9 @@ class _VocabCrossEntropy(torch.autograd.Function):
         spread = torch.where(valid, smoothing / split.classes * dloss, 0)
         scale = ((hit + mass * spread) / total).unsqueeze(dim)
         maximum = maximum.unsqueeze(dim)
+        if torch.compiler.is_compiling():
+            dz = _one_expression(split, logits, target, maximum, scale, hit, spread, weight)
+            return dz, None, None, None, None, None, None
 
         dlogits = torch.empty_like(logits, memory_format=torch.contiguous_format)
         dlogits.narrow(dim, split.width, logits.shape[dim] - split.width).zero_()
@@ -441,6 +452,33 @@ class _VocabCrossEntropy(torch.autograd.Function):
                 if own.dtype != dtype:
                     down[some] = dz
         return dlogits, None, None, None, None, None, None
+
+
+def _one_expression(
+    split: _SplitClasses,
+    logits: Tensor,
+    target: Tensor,
+    maximum: Tensor,
+    scale: Tensor,
+    hit: Tensor,
+    spread: Tensor,
+    weight: Tensor | None,
+) -> Tensor:
+    """The gradient without a write into memory, which the compiler makes one kernel of."""
+    dim, own = split.dim, split.own(logits)
+    place, inside = split.local(target)
+    shape = [1] * own.ndim
+    shape[dim] = split.width
+    classes = torch.arange(split.width, device=own.device).view(shape)
+    even = spread.unsqueeze(dim)
+    if weight is not None:
+        even = even * split.own_weight(weight, own.ndim)
+    here = (classes == place) & inside.unsqueeze(dim)
+    dz = (own.to(maximum.dtype) - maximum).exp() * scale - even
+    dz = dz - torch.where(here, hit.unsqueeze(dim), 0)
+    after = [0] * (2 * own.ndim)
+    after[2 * (own.ndim - 1 - dim) + 1] = logits.shape[dim] - split.width
+    return F.pad(dz.to(logits.dtype), after)
 
 
 def _parts(logits: Tensor, class_dim: int) -> list[Any]:

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from autoshard import layouts
@@ -152,16 +152,3 @@ def _checksum(tensor: Tensor) -> Tensor:
     sample = numbers[::step]
     weights = torch.arange(1, sample.numel() + 1, dtype=torch.float64, device=sample.device).sqrt()
     return (numbers.sum() + (sample * weights).sum()).cpu()
-
-
-def container(root: nn.Module, path: str) -> tuple[nn.Module, str]:
-    """The (empty) submodule that holds ``path``'s last name, made where it is missing."""
-    *parents, last = path.split(".")
-    module = root
-    for name in parents:
-        if name not in module._modules:
-            module.add_module(name, nn.Module())
-        child = module._modules[name]
-        assert child is not None
-        module = child
-    return module, last

@@ -1,7 +1,7 @@
 """The pipeline: what happens to a model, top to bottom.
 
 capture -> inline -> functionalize -> normalize -> assign_axes -> match
--> (workload -> costs, for degree="auto") -> assign_degrees -> shard -> checkpoint -> prove
+-> (workload -> costs, for degree="auto") -> assign_degrees -> shard -> checkpoint -> outline -> prove
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from autoshard.passes.inline import inline
 from autoshard.passes.match import match
 from autoshard.passes.match_alone import match_alone
 from autoshard.passes.normalize import normalize
+from autoshard.passes.outline import outline
 from autoshard.passes.prove import placements, prove
 from autoshard.passes.shard import shard
 from autoshard.planning import Costs, planned
@@ -136,8 +137,9 @@ def rewrite(
         with stages.stage("shard"):
             sharded = shard(analysis.graph, analysis.axes, assignment, keep_split)
             sharded = checkpoint(sharded, layers_again)
+            sharded = outline(sharded, analysis.names)
         with stages.stage("prove"):
-            prove(analysis.graph, sharded, _differentiable(analysis))
+            prove(analysis.graph, sharded, _differentiable(analysis), analysis.names)
     return plan, sharded
 
 

@@ -12,12 +12,14 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_iter
+
+from autoshard import traced_random
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -54,6 +56,8 @@ class RandomStream:
 
     def __init__(self, seed: int) -> None:
         self._generators: dict[torch.device, torch.Generator] = {}
+        self._number = traced_random.register(self)
+        self._words: tuple[Tensor, Tensor] | None = None  # while a forward is traced
         self.manual_seed(seed)
 
     @property
@@ -111,8 +115,23 @@ class RandomStream:
         The device is the keyword `device` if one is given, else that of the first tensor among
         the arguments, else the CPU.
         """
+        if torch.compiler.is_compiling() and self._words is not None and traced_random.has_form(op):
+            result: T = traced_random.run(self._words, op, args, kwargs)
+            return result
         with self.on(_device_of(args, kwargs)):
             return op(*args, **kwargs)
+
+    def fresh(self, device: torch.device) -> tuple[int, int]:
+        """Two numbers in [-2^31, 2^31) that depend on where the stream stands; it goes on.
+
+        Nothing waits for a GPU: its generator's state is known on the CPU.
+        """
+        if device.type == "cuda" and device.index is None:
+            device = torch.device("cuda", torch.cuda.current_device())
+        generator = self._generator(device)
+        state = hashlib.blake2b(generator.get_state().numpy().tobytes(), digest_size=8).digest()
+        torch.rand((), device=device, generator=generator)
+        return int.from_bytes(state[:4], signed=True), int.from_bytes(state[4:], signed=True)
 
     def state_dict(self) -> dict[str, Any]:
         """The seed and each used device's generator state, as uint8 tensors on the CPU."""
@@ -145,6 +164,22 @@ def _device_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.device:
         if isinstance(leaf, Tensor):
             return leaf.device
     return torch.device("cpu")
+
+
+def begin_traced(streams: Sequence[RandomStream], device: torch.device) -> list[RandomStream]:
+    """Within torch.compile, before a forward: the streams draw. Returns those that had not yet."""
+    begun = [stream for stream in streams if stream._words is None]
+    for stream in begun:
+        stream._words = traced_random.begin(stream._number, device)
+    if begun:
+        traced_random.first_site()
+    return begun
+
+
+def end_traced(begun: Sequence[RandomStream]) -> None:
+    """After the forward: nothing of it stays."""
+    for stream in begun:
+        stream._words = None
 
 
 def checkpoint_contexts(

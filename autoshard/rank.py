@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
-from autoshard import layouts
+from autoshard import layouts, ops
 from autoshard.capture import Captured
 from autoshard.failures import know
 from autoshard.groups import Group
@@ -24,11 +25,27 @@ def rank_module(sharded: Sharded, group: Callable[[int], Group], flat: bool = Fa
 
     flat: nothing is computed again; every node stands in the one graph.
     """
-    graph = sharded.graph if flat else sharded.runs
-    bodies = {} if flat or sharded.nested is None else sharded.nested.bodies
+    nested = None if flat else sharded.nested
+    if nested is None:
+        return _bound(sharded.graph, {}, group)
+    return _bound(nested.graph, nested.bodies, group)
+
+
+def layered_module(sharded: Sharded, group: Callable[[int], Group]) -> fx.GraphModule:
+    """The graph of layers with its groups bound, where there is one: over the values of `sources`."""
+    layered, nested = sharded.layered, sharded.nested
+    if layered is None:
+        return rank_module(sharded, group)
+    bodies = {} if nested is None else nested.bodies
+    return _bound(layered.graph, {**bodies, **layered.bodies}, group)
+
+
+def _bound(
+    graph: fx.Graph, bodies: Mapping[str, fx.Graph], group: Callable[[int], Group]
+) -> fx.GraphModule:
     with _CODEGEN:  # naming nodes is not safe among threads
         attributes: dict[str, Any] = {
-            name: fx.GraphModule({}, body, class_name="CheckpointedGraph")
+            name: fx.GraphModule({}, body, class_name="PartOfRankGraph")
             for name, body in bodies.items()
         }
         for node in graph.nodes:
@@ -43,9 +60,7 @@ def rank_module(sharded: Sharded, group: Callable[[int], Group], flat: bool = Fa
 
 def place_on(sharded: Sharded, device: torch.device) -> None:
     """Devices that the capture wrote into the graphs become the rank's."""
-    nested = sharded.nested
-    inner = () if nested is None else (nested.graph, *nested.bodies.values())
-    for node in (n for graph in (sharded.graph, *inner) for n in graph.nodes):
+    for node in (n for graph in sharded.graphs for n in graph.nodes):
         if node.op == "call_function":
             node.args, node.kwargs = pytree.tree_map_only(
                 torch.device, lambda _: device, (tuple(node.args), dict(node.kwargs))
@@ -62,6 +77,44 @@ def whole_tensor(shares: list[Tensor], stored: tuple[int, layouts.Layout, int]) 
     """The whole tensor, in the model's order, from the shares of the ranks of a group."""
     dim, layout, degree = stored
     return layouts.whole(torch.cat(shares, dim), dim, layout, degree)
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a placeholder's value comes from: a parameter, buffer or layer by name, an input by index."""
+
+    kind: Literal["parameter", "buffer", "constant", "input", "layer"]
+    name: str
+    index: int = 0
+
+
+def sources(sharded: Sharded, captured: Captured) -> tuple[Source, ...]:
+    """What the graph of layers is called with (the graph itself, where there are none), in order."""
+    layers = {} if sharded.layered is None else sharded.layered.layers
+    graph = sharded.runs if sharded.layered is None else sharded.layered.graph
+    found = []
+    for node in graph.nodes:
+        if node.op != "placeholder":
+            break
+        name = str(node.target)  # the name may differ: "input" is a Python builtin
+        if name in captured.parameters:
+            found.append(Source("parameter", captured.parameters[name]))
+        elif name in captured.buffers:
+            found.append(Source("buffer", captured.buffers[name]))
+        elif name in captured.constants:
+            found.append(Source("constant", name))
+        elif name in layers:
+            found.append(Source("layer", layers[name]))
+        else:
+            found.append(Source("input", name, captured.inputs.index(name)))
+    return tuple(found)
+
+
+def random_groups(sharded: Sharded) -> tuple[int, ...]:
+    """Degrees of the groups whose random numbers the graph draws."""
+    groups: list[Any] = [n.args[0] for n in sharded.graph.nodes if n.target is ops.with_stream]
+    groups += [n.args[1] for n in sharded.graph.nodes if n.target is ops.with_autocast and n.args[1]]
+    return tuple(dict.fromkeys(int(str(group.target)[2:]) for group in groups))
 
 
 def placeholder_values(

@@ -33,6 +33,23 @@ class Nested:
 
 
 @dataclass(frozen=True)
+class Layered:
+    """A graph in which the model's repeated layers are one call each, by ``ops.call_layer``.
+
+    Attributes:
+        graph: what is called; the layers' graphs are attributes ``layer_0``, ``layer_1``, ...
+        bodies: attribute -> the graph of that call, which begins with the layer's own parameters.
+        layers: placeholder -> path of the layer whose module it stands for.
+        parameters: name -> placeholder in the flat graph, of those that the layers take themselves.
+    """
+
+    graph: fx.Graph
+    bodies: Mapping[str, fx.Graph]
+    layers: Mapping[str, str]
+    parameters: Mapping[str, str]
+
+
+@dataclass(frozen=True)
 class Sharded:
     """The rank's graph.
 
@@ -43,6 +60,7 @@ class Sharded:
         degrees: degrees of the groups that the graph uses.
         nested: the same graph, node for node, with the parts whose activations are computed again as
             graphs of their own; None where there are none.
+        layered: what runs, with every repeated layer as a graph of its own; None where there are none.
     """
 
     graph: fx.Graph
@@ -50,8 +68,18 @@ class Sharded:
     outputs: tuple[SplitOutput | None, ...]
     degrees: tuple[int, ...]
     nested: Nested | None = None
+    layered: Layered | None = None
 
     @property
     def runs(self) -> fx.Graph:
-        """The graph that a rank runs."""
+        """The graph that a rank runs, layer by layer or not."""
         return self.graph if self.nested is None else self.nested.graph
+
+    @property
+    def graphs(self) -> tuple[fx.Graph, ...]:
+        """Every graph that is kept, the flat one first."""
+        found = [self.graph]
+        for other in (self.nested, self.layered):
+            if other is not None:
+                found += [other.graph, *other.bodies.values()]
+        return tuple(found)

@@ -18,15 +18,18 @@ Proven::
     addmm_1_add     the original addmm_1
 
 After: the same graph. Where parts of it are computed again in the backward pass, the graph with these
-parts put back is compared with the proven one.
+parts put back is compared with the proven one; so is the graph of layers with the layers put back.
 """
 
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 from torch import fx
 
 from autoshard.proof.calls import Calls
 from autoshard.proof.held import Held
+from autoshard.proof.layered import same_as_one
 from autoshard.proof.nested import same_as_flat
 from autoshard.proof.walk import Proof
 from autoshard.sharded import Sharded
@@ -34,13 +37,19 @@ from autoshard.sharded import Sharded
 FACTORS = (1, 3)  # symbolic sizes are their examples, and three times that
 
 
-def prove(graph: fx.Graph, sharded: Sharded, differentiable_inputs: set[str]) -> Sharded:
+def prove(
+    graph: fx.Graph,
+    sharded: Sharded,
+    differentiable_inputs: set[str],
+    parameters: Mapping[str, str] | None = None,
+) -> Sharded:
     """Return the rewritten graph if it is proven to compute the original; else refuse it.
 
     Args:
         graph: the original, normalized.
         sharded: the rank's graph, and how parameters and outputs lie on the ranks.
         differentiable_inputs: placeholders that a gradient can flow to.
+        parameters: placeholder -> the parameter's name, which a graph of layers takes them by.
 
     Raises:
         UnsoundGraphError: names the first node where the proof fails, its layer, what is held there
@@ -51,6 +60,8 @@ def prove(graph: fx.Graph, sharded: Sharded, differentiable_inputs: set[str]) ->
         Proof(graph, sharded, differentiable_inputs, factor, calls).run()
     if sharded.nested is not None:
         same_as_flat(sharded.nested, sharded.graph)
+    if sharded.layered is not None:
+        same_as_one(sharded.layered, sharded.runs, parameters or {})
     return sharded
 
 

@@ -1,0 +1,68 @@
+"""The model's modules on a rank: its hierarchy, in which the repeated layers are called."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from autoshard import parameters
+from autoshard.groups import ProcessGroupComm, SingleGroup
+from autoshard.paths import layer_of
+from autoshard.random_streams import begin_traced, end_traced
+
+
+class Layer(nn.Module):
+    """A repeated layer: holds its parameters under the model's names, and runs its part of the graph.
+
+    Called once for each call of the model's own layer, with the same hooks. ``fully_shard``, forward
+    hooks and ``compile()`` are for one layer what they are in the model.
+    """
+
+    def forward(self, body: Callable[..., Any], names: tuple[str, ...], *operands: Any) -> Any:
+        """``body`` on this rank's shares of the parameters `names`, then the operands."""
+        own = parameters.local({name: find(self, name) for name in names})
+        if not torch.compiler.is_compiling():
+            return body(*own.values(), *operands)
+        tensor = next(x for x in (*own.values(), *operands) if isinstance(x, Tensor))
+        streams = [x.stream for x in operands if isinstance(x, ProcessGroupComm | SingleGroup)]
+        begun = begin_traced(streams, tensor.device)  # none where the whole model is compiled
+        result = body(*own.values(), *operands)
+        end_traced(begun)
+        return result
+
+
+def find(module: nn.Module, path: str) -> Any:
+    """The parameter, buffer or submodule of this name, past the module's own lookup of attributes."""
+    *parents, last = path.split(".")
+    for name in parents:
+        module = module._modules[name]  # type: ignore[assignment]
+    for kind in (module._parameters, module._buffers, module._modules):
+        if last in kind:
+            return kind[last]
+    raise AttributeError(f"{type(module).__name__} has no {last}")
+
+
+def container(root: nn.Module, model: nn.Module, path: str) -> tuple[nn.Module, str]:
+    """The submodule of `root` that holds ``path``'s last name, made where it is missing.
+
+    A repeated layer is a `Layer`, a list of the model's a list, all others hold names only.
+    """
+    *parents, last = path.split(".")
+    module = root
+    for index, name in enumerate(parents):
+        child = module._modules.get(name)
+        if child is None:
+            here = ".".join(parents[: index + 1])
+            child = _like(model.get_submodule(here), here)
+            module.add_module(name, child)
+        module = child
+    return module, last
+
+
+def _like(module: nn.Module, path: str) -> nn.Module:
+    if layer_of(path) == path:
+        return Layer()
+    return nn.ModuleList() if isinstance(module, nn.ModuleList) else nn.Module()

@@ -1,0 +1,276 @@
+"""torch.compile of a parallel module: one graph, the same numbers, collectives that the compiler sees."""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+import torch._dynamo
+import transformers
+from torch import Tensor, fx, nn
+from torch._dynamo.backends.common import aot_autograd
+from torch.distributed.tensor import DTensor
+
+import autoshard
+from autoshard import traced_random
+from tests.distributed import run_distributed
+
+VOCABULARY = 515  # 2 does not divide it
+
+
+def _model(kind: str, dropout: float = 0.0) -> nn.Module:
+    torch.manual_seed(0)
+    if kind == "gpt2":
+        return transformers.GPT2LMHeadModel(
+            transformers.GPT2Config(
+                n_layer=2,
+                n_embd=64,
+                n_head=4,
+                vocab_size=VOCABULARY,
+                n_positions=64,
+                use_cache=False,
+                resid_pdrop=dropout,
+                embd_pdrop=dropout,
+                attn_pdrop=dropout,
+                bos_token_id=0,
+                eos_token_id=0,
+            )  # fmt: skip
+        )
+    return transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(
+            num_hidden_layers=2,
+            hidden_size=64,
+            intermediate_size=128,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            vocab_size=VOCABULARY,
+            max_position_embeddings=64,
+            use_cache=False,
+        )  # fmt: skip
+    )
+
+
+def _ids(batch: int, length: int) -> Tensor:
+    generator = torch.Generator().manual_seed(batch + length)
+    return torch.randint(VOCABULARY, (batch, length), generator=generator)
+
+
+class _Graphs:
+    """A backend that runs what it is given as it is, and counts the collectives in it."""
+
+    def __init__(self) -> None:
+        self.forward: Counter[str] = Counter()
+        self.backward: Counter[str] = Counter()
+        self.compiler = aot_autograd(
+            fw_compiler=self._counting(self.forward), bw_compiler=self._counting(self.backward)
+        )
+
+    def __call__(self, module: fx.GraphModule, inputs: list[Any]) -> Any:
+        return self.compiler(module, inputs)
+
+    @staticmethod
+    def _counting(counter: Counter[str]) -> Any:
+        def compiler(module: fx.GraphModule, inputs: list[Any]) -> Any:
+            counter.clear()
+            counter.update(
+                n.target._schema.name.partition("::")[2]
+                for n in module.graph.nodes
+                if isinstance(n.target, torch._ops.OpOverload) and "c10d" in n.target._schema.name
+            )
+            return module
+
+        return compiler
+
+
+def _local(value: Tensor | None) -> Tensor:
+    assert value is not None
+    return value.to_local() if isinstance(value, DTensor) else value
+
+
+def _gradients(model: nn.Module) -> list[Tensor]:
+    found = [_local(p.grad).clone() for p in model.parameters()]
+    model.zero_grad()
+    return found
+
+
+def _compiled_and_not(kind: str, tp: int) -> dict[str, Any]:
+    ids = _ids(2, 16)
+    tp_model = autoshard.parallelize(
+        _model(kind).train(), tp, {"input_ids": ids, "labels": ids}, degree="max"
+    )
+    graphs = _Graphs()
+    compiled = torch.compile(tp_model, fullgraph=True, backend=graphs)
+    for shape in ((2, 16), (3, 17), (5, 9)):
+        ids = _ids(*shape)
+        plain = tp_model(input_ids=ids, labels=ids)
+        plain.loss.backward()
+        expected = _gradients(tp_model)
+        out = compiled(input_ids=ids, labels=ids)
+        out.loss.backward()
+        assert type(out) is type(plain)
+        torch.testing.assert_close(out.loss, plain.loss)
+        assert out.logits.shape == plain.logits.shape
+        torch.testing.assert_close(_local(out.logits), _local(plain.logits), check_stride=False)
+        torch.testing.assert_close(_gradients(tp_model), expected)
+    assert len(tp_model._compiled) == 1
+    found = {"forward": dict(graphs.forward), "backward": dict(graphs.backward)}
+    tp_model.eval()
+    with torch.no_grad():
+        expected = tp_model(input_ids=ids).logits
+        torch.testing.assert_close(compiled(input_ids=ids).logits, expected)
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_no_break_and_the_same_numbers(kind: str) -> None:
+    """One graph for all shapes: loss, logits and every gradient are those without compilation."""
+    for found in run_distributed(_compiled_and_not, 2, kind, 2, timeout=300):
+        # Two all-reduces a layer, the embedding's, the loss's two, each with its wait; and their
+        # transposes: two a layer and the last norm's.
+        assert found["forward"] == {"all_reduce": 7, "wait_tensor": 7}
+        assert found["backward"] == {"all_reduce": 5, "wait_tensor": 5}
+
+
+def test_what_was_never_captured_is_a_break_with_its_reason() -> None:
+    """A compiled call for which there is no graph says what to do; without fullgraph it runs."""
+    ids = _ids(2, 8)
+    tp_model = autoshard.parallelize(_model("gpt2").eval(), 1, {"input_ids": ids})
+    with pytest.raises(Exception, match="call the model with them once, not compiled"):
+        torch.compile(tp_model, fullgraph=True, backend="eager")(input_ids=ids, labels=ids)
+    torch._dynamo.reset()
+    loss = torch.compile(tp_model, backend="eager")(input_ids=ids, labels=ids).loss
+    torch.testing.assert_close(loss, tp_model(input_ids=ids, labels=ids).loss)
+
+
+def _with_dropout(checkpoint: str | None) -> dict[str, Any]:
+    ids = _ids(4, 16)
+    tp_model = autoshard.parallelize(
+        _model("gpt2", dropout=0.3).train(), 2, {"input_ids": ids, "labels": ids}, degree="max",
+        checkpoint=checkpoint,
+    )  # fmt: skip
+    compiled = torch.compile(tp_model, fullgraph=True, backend="aot_eager")
+    found: dict[str, Any] = {"losses": [], "gradients": []}
+    for seed in (1, 1, 2):
+        tp_model.manual_seed(seed)
+        for _ in range(2):
+            loss = compiled(input_ids=ids, labels=ids).loss
+            loss.backward()
+            found["losses"].append(loss.item())
+            found["gradients"].append(_gradients(tp_model))
+    found["norms"] = {
+        name: grad
+        for (name, _), grad in zip(tp_model.named_parameters(), found["gradients"][0], strict=True)
+        if "ln_" in name
+    }
+    return found
+
+
+@pytest.mark.slow
+def test_dropout_repeats_and_is_the_same_when_computed_again() -> None:
+    """From a seed the same step, bit for bit; two steps differ; with checkpoint="layer" as without."""
+    plain = run_distributed(_with_dropout, 2, None, timeout=300)
+    again = run_distributed(_with_dropout, 2, "layer", timeout=300)
+    for found in (*plain, *again):
+        losses = found["losses"]
+        assert losses[:2] == losses[2:4] and losses[0] != losses[1] and losses[0] != losses[4]
+    # Outside regions masks are those of all ranks: what is whole has one gradient on both.
+    assert plain[0]["losses"] == plain[1]["losses"]
+    torch.testing.assert_close(plain[0]["norms"], plain[1]["norms"], rtol=0, atol=0)
+    assert plain[0]["losses"] == pytest.approx(again[0]["losses"], rel=1e-6)
+    for rank in range(2):
+        torch.testing.assert_close(plain[rank]["gradients"], again[rank]["gradients"])
+
+
+def _one_layer_at_a_time() -> None:
+    ids = _ids(2, 16)
+    tp_model = autoshard.parallelize(
+        _model("llama").train(), 2, {"input_ids": ids, "labels": ids}, degree="max"
+    )
+    plain = tp_model(input_ids=ids, labels=ids)
+    plain.loss.backward()
+    expected = _gradients(tp_model)
+    for layer in tp_model.model.layers:
+        layer.compile(fullgraph=True, backend="aot_eager")
+    loss = tp_model(input_ids=ids, labels=ids).loss
+    loss.backward()
+    torch.testing.assert_close(loss, plain.loss)
+    torch.testing.assert_close(_gradients(tp_model), expected)
+
+
+@pytest.mark.slow
+def test_layers_compile_one_at_a_time() -> None:
+    """`layer.compile()` for the layers of the model gives the same numbers."""
+    run_distributed(_one_layer_at_a_time, 2, timeout=300)
+
+
+@pytest.mark.slow
+def test_inductor() -> None:
+    """The default backend compiles it in one graph."""
+    ids = _ids(2, 16)
+    tp_model = autoshard.parallelize(_model("gpt2").train(), 1, {"input_ids": ids, "labels": ids})
+    expected = tp_model(input_ids=ids, labels=ids).loss
+    expected.backward()
+    gradients = _gradients(tp_model)
+    loss = torch.compile(tp_model, fullgraph=True)(input_ids=ids, labels=ids).loss
+    loss.backward()
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(_gradients(tp_model), gradients, rtol=1e-4, atol=1e-5)
+
+
+def test_bits_are_even_and_independent() -> None:
+    """Every bit is 1 half of the time, and equal to that of another call or seed half of the time."""
+    words = torch.tensor([123456789, -987654321])
+    shape = torch.Size((1000, 200))
+    first = traced_random.uniform_bits(words, 0, shape)
+    others = {
+        "the next call": traced_random.uniform_bits(words, 1, shape),
+        "another seed": traced_random.uniform_bits(words + 1, 0, shape),
+        "the next element": first.view(-1).roll(1).view(shape),
+        "the next row": first.roll(1, 0),
+    }
+    n = first.numel()
+    limit = 6 * 0.5 / n**0.5  # six standard deviations
+    for bit in range(32):
+        ones = (first >> bit) & 1
+        assert abs(ones.double().mean().item() - 0.5) < limit
+        for name, other in others.items():
+            same = (ones == ((other >> bit) & 1)).double().mean().item()
+            assert abs(same - 0.5) < limit, (bit, name)
+
+
+def test_dropout_keeps_its_share() -> None:
+    """Of ones, a share p becomes 0 and the others 1 / (1 - p); 0 and 1 are as in PyTorch."""
+    words = (torch.tensor([5, 6]), torch.tensor([5, 6]))
+    x = torch.ones(400, 500)
+    for p in (0.0, 0.1, 0.5, 1.0):
+        y = traced_random.run(words, torch.ops.aten.dropout.default, (x, p, True), {})
+        zero = (y == 0).double().mean().item()
+        assert abs(zero - p) < 6 * (p * (1 - p) / x.numel()) ** 0.5 + 1e-12
+        if p < 1.0:
+            kept = y[y != 0]
+            torch.testing.assert_close(kept, torch.full_like(kept, 1 / (1 - p)))
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_attention_has_the_gradient_of_its_mask(masked: bool) -> None:
+    """The dropped attention is one function of its operands: finite differences agree."""
+    torch.manual_seed(0)
+    words = torch.tensor([5, -6])
+    q, k, v = (torch.randn(1, 2, 4, 3, dtype=torch.float64, requires_grad=True) for _ in range(3))
+    mask = torch.randn(4, 4, dtype=torch.float64, requires_grad=True) if masked else None
+
+    def dropped(*given: Tensor | None) -> Tensor:
+        out: Tensor = traced_random.attention(words, 3, *given, 0.5, False, None, False)
+        return out
+
+    state = torch.get_rng_state()
+    inputs = (q, k, v, mask)
+    assert torch.autograd.gradcheck(dropped, inputs)
+    torch.testing.assert_close(torch.get_rng_state(), state, rtol=0, atol=0)
+    whole = nn.functional.scaled_dot_product_attention(q, k, v, mask)
+    assert not torch.allclose(dropped(*inputs), whole)
+    assert copy.deepcopy(words).equal(words)
