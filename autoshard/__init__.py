@@ -6,6 +6,7 @@ tp_model = autoshard.parallelize(model, tp=8)
 from autoshard.adafactor import Adafactor
 from autoshard.api import parallelize, plan
 from autoshard.checkpoints import async_save, load, save
+from autoshard.data_parallel import average_gradients, fully_shard
 from autoshard.errors import (
     AutoshardError,
     CaptureError,
@@ -41,6 +42,8 @@ __all__ = [
     "UnknownOperatorError",
     "UnsoundGraphError",
     "async_save",
+    "average_gradients",
+    "fully_shard",
     "load",
     "meta_parameters",
     "parallelize",

@@ -252,8 +252,8 @@ def hybrid_batches(rows: slice) -> Iterator[dict[str, Tensor]]:
         yield {n: torch.cat([t[:2], t[:2].flip(1)])[rows] for n, t in batch.items()}
 
 
-def hybrid(folder: str) -> dict[str, Any]:
-    """FSDP2 over dp beside tp: gradients of all four rows, clipped; saved, loaded, gone on."""
+def hybrid(folder: str, how: str) -> dict[str, Any]:
+    """FSDP2 or copies over dp beside tp: gradients of all four rows, clipped; saved, loaded, gone on."""
     batch = next(batches(1))
     rows, found = slice(None), {}
     for round_ in ("first", "second"):
@@ -262,7 +262,11 @@ def hybrid(folder: str) -> dict[str, Any]:
             model = autoshard.parallelize(model, 2, batch, degree="max")
             mesh = model.mesh
             assert mesh is not None
-            fully_shard(model, mesh=mesh["dp"])
+            if how == "one unit":
+                fully_shard(model, mesh=mesh["dp"])
+            elif how == "layers":
+                autoshard.fully_shard(model)
+                assert model.transformer.h[0].__class__.__name__ == "FSDPLayer"
             rows = slice(2 * mesh.get_local_rank("dp"), 2 * mesh.get_local_rank("dp") + 2)
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
         if round_ == "second":
@@ -273,6 +277,8 @@ def hybrid(folder: str) -> dict[str, Any]:
                 continue
             optimizer.zero_grad()
             model(**part)[1].backward()
+            if how == "copies" and isinstance(model, autoshard.ParallelModule):
+                autoshard.average_gradients(model)
             norms.append(whole(torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1)).detach())
             optimizer.step()
         if round_ == "first":
@@ -285,10 +291,11 @@ def hybrid(folder: str) -> dict[str, Any]:
 
 
 @pytest.mark.slow
-def test_fsdp2_beside_it(tmp_path: Path) -> None:
+@pytest.mark.parametrize("how", ["one unit", "layers", "copies"])
+def test_data_parallelism_beside_it(how: str, tmp_path: Path) -> None:
     """The hybrid trains as one process does on all rows; its checkpoint is the plain model's."""
-    right = hybrid(str(tmp_path / "plain"))
-    for found in run_distributed(hybrid, 4, str(tmp_path / "hybrid"), timeout=300):
+    right = hybrid(str(tmp_path / "plain"), how)
+    for found in run_distributed(hybrid, 4, str(tmp_path / "hybrid"), how, timeout=300):
         assert_close(found, right, rtol=1e-9, atol=1e-11)
     one, other = model_of(), model_of()
     for name, model in (("plain", one), ("hybrid", other)):
