@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import hashlib
+import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,6 +82,7 @@ class ParallelModule(nn.Module):
         checkpoint: str | None = None,
     ) -> None:
         super().__init__()
+        self.__class__ = _with_face_of(type(skeleton), type(self))
         self.__dict__["_skeleton"] = skeleton
         self.__dict__["_mesh"] = mesh
         self.__dict__["_input_check"] = InputCheck(check_inputs, skeleton.forward, mesh)
@@ -112,6 +115,11 @@ class ParallelModule(nn.Module):
         """The mesh of ranks; None in one process without a process group."""
         mesh: Mesh = self.__dict__["_mesh"]
         return mesh.device_mesh
+
+    @property
+    def tp_size(self) -> int:
+        """Ranks that share one copy of the model; Accelerate reads it under this name."""
+        return self.plan.tp
 
     def print_readable(self, print_output: bool = True) -> str:
         """The rewritten graph as Python code."""
@@ -526,6 +534,18 @@ def plan_hash(plan: Plan, sharded: Sharded | None = None) -> str:
     graph = [n.format_node() for g in graphs for n in g.nodes]
     text = f"{plan.tp} {plan.fingerprint} {sorted(plan.degrees.items())} {graph}"
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+@functools.cache
+def _with_face_of(model: type[nn.Module], base: type[ParallelModule]) -> type[ParallelModule]:
+    """The class with the name and the forward's signature of the model's: training loops read both."""
+
+    def forward(self: ParallelModule, *args: Any, **kwargs: Any) -> Any:
+        return base.forward(self, *args, **kwargs)
+
+    forward.__signature__ = inspect.signature(model.forward)  # type: ignore[attr-defined]
+    forward.__doc__ = base.forward.__doc__
+    return type(model.__name__, (base,), {"forward": forward, "__doc__": base.__doc__})
 
 
 def _tied_degree(plan: Plan, program: Program, name: str) -> int:

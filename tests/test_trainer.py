@@ -1,0 +1,150 @@
+"""Hugging Face's Trainer and Accelerate around a parallel module: the numbers of one process."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import transformers
+from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.testing import assert_close
+from torch.utils.data import DataLoader, Dataset, IterableDataset
+
+import autoshard
+from tests.distributed import run_distributed
+
+WORDS, LENGTH = 48, 10
+
+
+class Texts(Dataset[dict[str, Any]]):
+    """Token sequences, some labels ignored, and a column that no model takes."""
+
+    def __init__(self, count: int, seed: int) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        self.tokens = torch.randint(WORDS, (count, LENGTH), generator=generator)
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        tokens = self.tokens[index]
+        labels = tokens.masked_fill(torch.arange(LENGTH) >= 4 + index % 5, -100)  # as padding has
+        return {"input_ids": tokens, "labels": labels, "source": index}
+
+
+class Stream(IterableDataset[dict[str, Any]]):
+    """Without a length."""
+
+    def __iter__(self) -> Any:
+        texts = Texts(8, 1)
+        return (texts[i] for i in range(8))
+
+
+def gpt2(**options: Any) -> nn.Module:
+    """Tied embeddings, q, k and v in one weight, norms that the optimizer must not decay."""
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(
+        vocab_size=WORDS, n_positions=LENGTH, n_embd=16, n_layer=2, n_head=2,
+        **{"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, **options},
+    )  # fmt: skip
+    model = transformers.GPT2LMHeadModel(config)
+    for parameter in model.parameters():  # norms and biases too: decay must show
+        torch.nn.init.normal_(parameter, std=0.2)
+    return model
+
+
+def split(model: nn.Module) -> nn.Module:
+    """Over two ranks, as the caller's process group allows; the plain model in one process."""
+    if not dist.is_initialized():
+        return model
+    model = autoshard.parallelize(model, 2, degree="max")
+    if dist.get_world_size() > 2:
+        fully_shard(model, mesh=model.mesh["dp"])
+    return model
+
+
+def trainer_of(model: nn.Module, folder: Path, **options: Any) -> transformers.Trainer:
+    """The Trainer on two or four ranks, or on one process: 4 rows a step in all."""
+    arguments = {name: options.pop(name) for name in list(options) if name not in ("compute_metrics",)}
+    copies = dist.get_world_size() // 2 if dist.is_initialized() else 1
+    defaults: dict[str, Any] = {
+        "output_dir": str(folder), "use_cpu": True, "report_to": "none", "disable_tqdm": True,
+        "max_steps": 4, "logging_steps": 1, "save_strategy": "no", "learning_rate": 1e-2,
+        "weight_decay": 0.3, "max_grad_norm": 0.5, "lr_scheduler_type": "linear",
+        "per_device_train_batch_size": 4 // copies, "per_device_eval_batch_size": 4 // copies,
+    }  # fmt: skip
+    logging.disable(logging.WARNING)
+    if isinstance(model, autoshard.ParallelModule):
+        from autoshard.integrations.trainer import Trainer as kind
+    else:
+        kind = transformers.Trainer
+    return kind(
+        model=model, args=transformers.TrainingArguments(**{**defaults, **arguments}),
+        train_dataset=Texts(12, 1), eval_dataset=Texts(7, 2), **options,
+    )  # fmt: skip
+
+
+def whole(model: nn.Module) -> dict[str, Tensor]:
+    """The model's own tensors."""
+    if isinstance(model, autoshard.ParallelModule):
+        return model.full_state_dict()
+    return {n: t.detach().clone() for n, t in model.state_dict().items()}
+
+
+def logged(trainer: transformers.Trainer) -> list[tuple[float, ...]]:
+    """Loss, norm and learning rate of each step."""
+    keys = ("step", "loss", "grad_norm", "learning_rate")
+    return [tuple(line[k] for k in keys) for line in trainer.state.log_history if "loss" in line]
+
+
+def metrics(prediction: Any) -> dict[str, float]:
+    """How often the likeliest token is the label."""
+    best = np.asarray(prediction.predictions).argmax(-1)
+    return {"same": float((best == prediction.label_ids).mean()), "rows": float(len(best))}
+
+
+def trained(folder: str, name: str = "run", **options: Any) -> dict[str, Any]:
+    """Train, evaluate, predict and save; what was seen on the way."""
+    model = split(gpt2())
+    place = Path(folder) / name
+    trainer = trainer_of(model, place, compute_metrics=metrics, **options)
+    before = trainer.evaluate()
+    trainer.train()
+    after, predicted = trainer.evaluate(), trainer.predict(Texts(5, 3))
+    trainer.save_model(str(place / "model"))
+    keys = ("eval_loss", "eval_same", "eval_rows")
+    return {
+        "logged": torch.tensor(logged(trainer)),
+        "evaluated": torch.tensor([[m[k] for k in keys] for m in (before, after)]),
+        "logits": torch.tensor(np.asarray(predicted.predictions)),
+        "labels": torch.tensor(predicted.label_ids),
+        "flops": trainer.state.total_flos,
+        "decayed": [len(g["params"]) for g in trainer.optimizer.param_groups],
+        "state": whole(model),
+    }
+
+
+def assert_trained_alike(found: dict[str, Any], right: dict[str, Any], **tolerance: float) -> None:
+    assert found["flops"] == right["flops"]
+    assert found["decayed"] == right["decayed"]
+    for name in ("logged", "evaluated", "logits", "labels", "state"):
+        assert_close(found[name], right[name], **(tolerance or {"rtol": 1e-4, "atol": 2e-5}))
+
+
+@pytest.mark.slow
+def test_two_ranks(tmp_path: Path) -> None:
+    """Losses, norms, evaluation, predictions, decayed parameters; from_pretrained reads the model."""
+    right = trained(str(tmp_path), "one")
+    for found in run_distributed(trained, 2, str(tmp_path), "two", timeout=300):
+        assert_trained_alike(found, right)
+    plain = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "two" / "model")
+    assert_close(dict(plain.state_dict()), right["state"], rtol=1e-4, atol=2e-5)
+    files = {p.name for p in (tmp_path / "two" / "model").iterdir()}
+    assert files == {p.name for p in (tmp_path / "one" / "model").iterdir()}
