@@ -23,15 +23,15 @@ def of_optimizer(
         model: the parallel module; parameters of the optimizer that it does not have are left as they are.
         keep: whether this rank wants the result; others get no tensors, and only help to gather.
     """
-    found: dict[str, Any] = optimizer.state_dict()
-    for place, share, parameter in _trained(model, optimizer):
-        own = found["state"].get(place, {})
-        for key, value in list(own.items()):
+    given: dict[str, Any] = optimizer.state_dict()
+    states = {place: dict(own) for place, own in given["state"].items()}  # these are the optimizer's own
+    for place, share, _ in _trained(model, optimizer):
+        for key, value in states.get(place, {}).items():
             if isinstance(value, Tensor):
                 split = share if state.is_split_in(value, share) else None
                 whole = stored_parameters.whole(value, split).detach()
-                own[key] = whole.cpu() if keep else None
-    return found if keep else {}
+                states[place][key] = whole.to("cpu", copy=True) if keep else None
+    return {**given, "state": states} if keep else {}
 
 
 def into_optimizer(
