@@ -96,6 +96,8 @@ class AutoshardStrategy(ModelParallelStrategy):
         self.model_to_device()
         self.barrier()
         if trainer.state.fn == TrainerFn.FITTING:
+            if isinstance(self.parallel_module, FSDPModule):
+                self.parallel_module.reshard()  # after an evaluation, others stand in their place
             self.setup_optimizers(trainer)
         self.setup_precision_plugin()
 

@@ -136,6 +136,12 @@ class Trainer(transformers.Trainer):
         finally:
             self.model = model
 
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """Of the parameters that stay: FSDP2 leaves others in their place after an evaluation."""
+        if isinstance(self.model, FSDPModule):
+            self.model.reshard()
+        return super().create_optimizer(model)
+
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """By the kinds of the model's own layers, which a parallel module does not have."""
         skeleton = model.__dict__["_skeleton"] if isinstance(model, ParallelModule) else model

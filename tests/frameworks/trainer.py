@@ -1,4 +1,4 @@
-"""Hugging Face's Trainer and Accelerate around a parallel module: the numbers of one process."""
+"""Scripts with Hugging Face's Trainer and Accelerate: on ranks, and on one process."""
 
 from __future__ import annotations
 
@@ -6,19 +6,19 @@ import logging
 from pathlib import Path
 from typing import Any
 
+import accelerate
 import numpy as np
-import pytest
 import torch
 import torch.distributed as dist
 import transformers
+from accelerate.data_loader import prepare_data_loader
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
-from torch.testing import assert_close
 from torch.utils.data import DataLoader, Dataset, IterableDataset
+from transformers import default_data_collator
 
 import autoshard
-from tests.distributed import run_distributed
 
 WORDS, LENGTH = 48, 10
 
@@ -60,20 +60,31 @@ def gpt2(dropout: float = 0.0) -> nn.Module:
     return model
 
 
-def split(model: nn.Module) -> nn.Module:
-    """Over two ranks, as the caller's process group allows; the plain model in one process."""
+def split(model: nn.Module, tp: int = 2) -> nn.Module:
+    """Over ``tp`` ranks, with copies beside it if there are more; the plain model in one process."""
     if not dist.is_initialized():
         return model
-    model = autoshard.parallelize(model, 2, degree="max")
-    if dist.get_world_size() > 2:
+    example = {**default_data_collator([Texts(4, 1)[i] for i in range(4)])}
+    example = {"input_ids": example["input_ids"], "labels": example["labels"]}
+    example["num_items_in_batch"] = torch.tensor(3.0)
+    model = autoshard.parallelize(model, tp, example, degree="max")
+    if dist.get_world_size() > tp:
         fully_shard(model, mesh=model.mesh["dp"])
+    return model
+
+
+def renewed(model: nn.Module) -> nn.Module:
+    """The model as it was at first, with what it has captured, for another Trainer."""
+    model.load_state_dict(gpt2().state_dict())
+    if hasattr(model, "_is_accelerate_prepared"):
+        del model._is_accelerate_prepared
     return model
 
 
 def trainer_of(model: nn.Module, folder: Path, **options: Any) -> transformers.Trainer:
     """The Trainer on two or four ranks, or on one process: 4 rows a step in all."""
-    arguments = {name: options.pop(name) for name in list(options) if name not in ("compute_metrics",)}
-    copies = dist.get_world_size() // 2 if dist.is_initialized() else 1
+    arguments = {name: options.pop(name) for name in list(options) if name != "compute_metrics"}
+    copies = dist.get_world_size() // model.tp_size if dist.is_initialized() else 1
     defaults: dict[str, Any] = {
         "output_dir": str(folder), "use_cpu": True, "report_to": "none", "disable_tqdm": True,
         "max_steps": 4, "logging_steps": 1, "save_strategy": "no", "learning_rate": 1e-2,
@@ -110,9 +121,8 @@ def metrics(prediction: Any) -> dict[str, float]:
     return {"same": float((best == prediction.label_ids).mean()), "rows": float(len(best))}
 
 
-def trained(folder: str, **options: Any) -> dict[str, Any]:
+def trained(model: nn.Module, folder: str, **options: Any) -> dict[str, Any]:
     """Train, evaluate, predict and save; what was seen on the way."""
-    model = split(gpt2())
     trainer = trainer_of(model, Path(folder), compute_metrics=metrics, **options)
     before = trainer.evaluate()
     trainer.train()
@@ -143,25 +153,68 @@ VARIANTS: dict[str, tuple[dict[str, Any], dict[str, float]]] = {
 }  # fmt: skip
 
 
-def everything(folder: str) -> dict[str, Any]:
-    """All variants, one after another."""
-    return {name: trained(f"{folder}/{name}", **options) for name, (options, _) in VARIANTS.items()}
+def resumed(folder: str) -> dict[str, Any]:
+    """Four steps with dropout, and the last two again from the checkpoint between."""
+    losses = []
+    model = split(gpt2(dropout=0.3))
+    for given in (None, f"{folder}/checkpoint-2"):
+        renewed(model)
+        options = {"save_strategy": "steps", "save_steps": 2, "eval_strategy": "no"}
+        trainer = trainer_of(model, Path(folder), **options)
+        trainer.train(resume_from_checkpoint=given)
+        losses.append((torch.tensor(logged(trainer))[-2:], whole(model)))
+    return {"losses": losses}
 
 
-def assert_alike(found: dict[str, Any], right: dict[str, Any]) -> None:
-    for name, (_, tolerance) in VARIANTS.items():
-        for key, value in right[name].items():
-            assert_close(found[name][key], value, msg=lambda m, k=f"{name} {key}": f"{k}: {m}", **tolerance)
+def accelerated(model: nn.Module) -> dict[str, Any]:
+    """A loop of one's own with Accelerate; its optimizer is saved and loaded."""
+    accelerator = accelerate.Accelerator(cpu=True)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    loader: Any = DataLoader(Texts(12, 1), 4, collate_fn=default_data_collator)
+    if isinstance(model, autoshard.ParallelModule):
+        model = accelerator.prepare_model(model, evaluation_mode=True)  # which is: wrap nothing
+        loader = prepare_data_loader(loader, accelerator.device, num_processes=1, process_index=0)
+    else:
+        model, loader = accelerator.prepare(model, loader)
+    optimizer = accelerator.prepare(optimizer)
+    norms, rows = [], []
+    model.train()
+    for batch in loader:
+        rows.append(batch["input_ids"][:, 0])
+        accelerator.backward(model(input_ids=batch["input_ids"], labels=batch["labels"]).loss)
+        norm = accelerator.clip_grad_norm_(model.parameters(), 0.1)
+        norms.append(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+        optimizer.step()
+        optimizer.zero_grad()
+    return {"norms": torch.stack(norms), "rows": torch.stack(rows), "state": whole(model)}
 
 
-@pytest.mark.slow
-def test_two_ranks(tmp_path: Path) -> None:
-    """Losses, norms, evaluation, predictions, decayed parameters; from_pretrained reads the model."""
-    right = everything(str(tmp_path / "one"))
-    for found in run_distributed(everything, 2, str(tmp_path / "two"), timeout=300):
-        assert_alike(found, right)
-    folder = tmp_path / "two" / "plain" / "model"
-    plain = transformers.GPT2LMHeadModel.from_pretrained(folder, dtype=torch.float64)
-    assert_close(dict(plain.state_dict()), right["plain"]["state"], **NEAR)
-    files = {p.name for p in (tmp_path / "one" / "plain" / "model").iterdir()}
-    assert {p.name for p in folder.iterdir()} == files
+def run(folder: str) -> dict[str, Any]:
+    """All of it, one after another; each capture once."""
+    model = split(gpt2())
+    found = {"accelerated": accelerated(model)}
+    for name, (options, _) in VARIANTS.items():
+        found[name] = trained(renewed(model), f"{folder}/{name}", **options)
+    if dist.is_initialized():
+        found["resumed"] = resumed(f"{folder}/resumed")
+        found["copies"] = trained(split(gpt2(), tp=1), f"{folder}/copies", **VARIANTS["plain"][0])
+        found["refused"] = refused(model, folder)
+    return found
+
+
+def refused(model: nn.Module, folder: str) -> list[str]:
+    """What a Trainer of a split model says no to."""
+    said = []
+    plain = autoshard.parallelize(gpt2(), 1, degree="max")  # two copies, and nothing averages
+    streamed = trainer_of(split(gpt2(), tp=1), Path(folder))
+    streamed.train_dataset = Stream()
+    for call in (
+        lambda: trainer_of(plain, Path(folder)),
+        lambda: trainer_of(model, Path(folder), gradient_checkpointing=True),
+        streamed.get_train_dataloader,
+    ):
+        try:
+            call()
+        except autoshard.AutoshardError as error:
+            said.append(str(error))
+    return said
