@@ -82,7 +82,7 @@ class ParallelModule(nn.Module):
         checkpoint: str | None = None,
     ) -> None:
         super().__init__()
-        self.__class__ = _with_face_of(type(skeleton), type(self))
+        self.__class__ = _with_face_of(type(skeleton), type(self))  # type: ignore[arg-type]
         self.__dict__["_skeleton"] = skeleton
         self.__dict__["_mesh"] = mesh
         self.__dict__["_input_check"] = InputCheck(check_inputs, skeleton.forward, mesh)

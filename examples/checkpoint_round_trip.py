@@ -29,7 +29,7 @@ class Model(nn.Module):
         return nn.functional.cross_entropy(logits.flatten(0, 1), tokens.flatten())
 
 
-def train(model: nn.Module, optimizer: torch.optim.Optimizer, tokens: Tensor, steps: int) -> list[float]:
+def train(model: nn.Module, optimizer: torch.optim.Optimizer, tokens: Tensor, steps: int) -> list:
     """An ordinary loop."""
     losses = []
     for _ in range(steps):
@@ -45,7 +45,8 @@ def main() -> None:
     """Four steps split, saved; two more split, and two more from the files on one process."""
     torch.manual_seed(0)
     plain, tokens = Model(), torch.randint(500, (4, 32))
-    model = autoshard.parallelize(plain, int(os.environ.get("WORLD_SIZE", "1")), (tokens,), degree="max")
+    tp = int(os.environ.get("WORLD_SIZE", "1"))
+    model = autoshard.parallelize(plain, tp, (tokens,), degree="max")
     device = next(model.parameters()).device
     tokens = tokens.to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)

@@ -1,4 +1,4 @@
-"""Frameworks around a parallel module: with real processes, the numbers of the script on one process."""
+"""Frameworks around a parallel module, with real processes: the numbers of one process."""
 
 from __future__ import annotations
 
@@ -45,9 +45,7 @@ def alike(found: dict[str, Any], right: dict[str, Any], **tolerance: float) -> N
     """Everything that both have; what differs is named."""
     for key, value in right.items():
         if not isinstance(value, str):
-            assert_close(
-                found[key], value, msg=lambda m, k=key: f"{k}: {m}", **(tolerance or EXACT)
-            )
+            assert_close(found[key], value, msg=lambda m, k=key: f"{k}: {m}", **(tolerance or EXACT))
 
 
 # -- Hugging Face's Trainer, and Accelerate -------------------------------------------------------
@@ -119,7 +117,7 @@ def test_lightning_copies(ranks: list[dict[str, Any]], folder: Path) -> None:
     right = lightning.fitted(str(folder / "one"), 6)
     copies = [found["lightning"]["copies"] for found in ranks]
     for found in copies:
-        alike({k: found[k] for k in ("state", "validated")}, {k: right[k] for k in ("state", "validated")})
+        alike(found, {name: right[name] for name in ("state", "validated", "rates")})
     assert_close(torch.stack([c["losses"] for c in copies]).mean(0), right["losses"], **EXACT)
     rows = torch.cat([c["rows"] for c in copies], 1)
     assert_close(rows.sort().values, right["rows"].sort().values)

@@ -20,11 +20,11 @@ def of_optimizer(
     """What ``optimizer.state_dict()`` is of the plain model's; every rank calls it.
 
     Args:
-        model: the parallel module; parameters of the optimizer that it does not have are left as they are.
+        model: the parallel module; what the optimizer trains beside it is left as it is.
         keep: whether this rank wants the result; others get no tensors, and only help to gather.
     """
-    given: dict[str, Any] = optimizer.state_dict()
-    states = {place: dict(own) for place, own in given["state"].items()}  # these are the optimizer's own
+    given: dict[str, Any] = optimizer.state_dict()  # whose states are the optimizer's own dicts
+    states = {place: dict(own) for place, own in given["state"].items()}
     for place, share, _ in _trained(model, optimizer):
         for key, value in states.get(place, {}).items():
             if isinstance(value, Tensor):
@@ -34,9 +34,7 @@ def of_optimizer(
     return {**given, "state": states} if keep else {}
 
 
-def into_optimizer(
-    model: nn.Module, optimizer: torch.optim.Optimizer, given: dict[str, Any]
-) -> None:
+def into_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, given: dict[str, Any]) -> None:
     """Put back what ``of_optimizer`` gave, here or on one process; every rank gets all of it."""
     states = {place: dict(own) for place, own in given["state"].items()}
     for place, share, parameter in _trained(model, optimizer):

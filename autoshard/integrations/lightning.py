@@ -4,10 +4,10 @@
 
     trainer = lightning.Trainer(strategy=AutoshardStrategy(tp=2), devices=2, ...)
 
-The module stays as it is: its one child with parameters (or the one that ``module=`` names) is split before
-``configure_optimizers`` is called, and its steps call it as before. A module may also call
-``autoshard.parallelize`` itself, in ``configure_model``. Checkpoints are those of one process: any number of
-ranks goes on from them, and so does a plain ``lightning.Trainer``.
+The module stays as it is: its one child with parameters (or the one that ``module=`` names) is split
+before ``configure_optimizers`` is called, and its steps call it as before. A module may also call
+``autoshard.parallelize`` itself, in ``configure_model``. Checkpoints are those of one process: any
+number of ranks goes on from them, and so does a plain ``lightning.Trainer``.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ class AutoshardStrategy(ModelParallelStrategy):
         timeout: of the process group, as Lightning's strategies take it.
         options: of ``autoshard.parallelize``: ``example_inputs``, ``degree``, ``plan``, ...
 
-    Copies are kept the same by FSDP2. Batches, logged metrics (``sync_dist=True``) and ``all_gather`` are
-    of the copies; barriers and broadcasts of all ranks.
+    Copies are kept the same by FSDP2. Batches, logged metrics (``sync_dist=True``) and ``all_gather``
+    are of the copies; barriers and broadcasts of all ranks.
     """
 
     def __init__(self, tp: int, module: str | None = None, timeout: Any = None, **options: Any) -> None:
@@ -123,8 +123,8 @@ class AutoshardStrategy(ModelParallelStrategy):
         outside = [n for n, p in module.named_parameters() if id(p) not in inside]
         if outside:
             raise AutoshardError(
-                f"{outside[0]} and {len(outside) - 1} other parameters are outside of the model that is "
-                f"split, and {copies} data parallel copies would train them apart: move them into it"
+                f"{outside[0]} and {len(outside) - 1} other parameters are outside of the model that "
+                f"is split, and {copies} data parallel copies would train them apart: move them into it"
             )
         if not isinstance(split, FSDPModule):
             assert split.mesh is not None
@@ -179,7 +179,7 @@ class AutoshardStrategy(ModelParallelStrategy):
         return True
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
-        """Whole tensors into each rank's shares; dropout goes on where it stood, on ranks split alike."""
+        """Whole tensors into each rank's shares; dropout goes on, where ranks are split alike."""
         Strategy.load_model_state_dict(self, checkpoint, strict)
         split = self.parallel_module
         if self._streams is None:

@@ -55,28 +55,30 @@ class Trainer(transformers.Trainer):
 
     Raises:
         ValueError: a model that is not split.
-        AutoshardError: data parallel copies whose gradients nobody averages; arguments that ask for what
-            ``parallelize`` does.
+        AutoshardError: data parallel copies whose gradients nobody averages; arguments that ask for
+            what ``parallelize`` does.
     """
+
+    model: Any
 
     def __init__(self, model: nn.Module | None = None, args: Any = None, **options: Any) -> None:
         if not isinstance(model, ParallelModule):
             raise ValueError(
-                f"model is a {type(model).__name__}: pass what autoshard.parallelize(model, tp) returns, "
-                "or use transformers.Trainer"
+                f"model is a {type(model).__name__}: pass what autoshard.parallelize(model, tp) "
+                "returns, or use transformers.Trainer"
             )
         args = transformers.TrainingArguments() if args is None else args
         _check(model, args)
         super().__init__(model=model, args=args, **options)
         # Autocast and nothing else: prepared, so that Accelerate does not wrap it a second time.
         self.accelerator.prepare_model(model, device_placement=False, evaluation_mode=True)
-        model._is_accelerate_prepared = True
+        self.model._is_accelerate_prepared = True
 
     # -- which ranks there are -----------------------------------------------------------------
 
     def create_accelerator_and_postprocess(self) -> None:
         """Accelerate learns the mesh, after which its data loaders give out batches."""
-        model, self.model = self.model, None  # the Trainer reads a configuration off models that it split
+        model, self.model = self.model, None  # it reads a configuration of its own off split models
         super().create_accelerator_and_postprocess()
         self.model = model
         self.accelerator.state.device_mesh = _mesh_of_loaders(model)
@@ -132,7 +134,7 @@ class Trainer(transformers.Trainer):
         """The model's own number, of which each rank of a tp group counts its part."""
         model, self.model = self.model, self.model.__dict__["_skeleton"]
         try:
-            return int(super().floating_point_ops(inputs)) // model.tp_size  # type: ignore[no-any-return]
+            return int(super().floating_point_ops(inputs)) // int(model.tp_size)
         finally:
             self.model = model
 
@@ -211,7 +213,7 @@ def _mesh_of_loaders(model: ParallelModule) -> DeviceMesh | None:
     ranks = mesh.mesh.view(-1, model.tp_size)
     if not torch.equal(ranks, torch.arange(dist.get_world_size()).view_as(ranks)):
         raise AutoshardError(
-            f"the mesh {mesh.mesh.tolist()} does not number all {dist.get_world_size()} ranks in order, "
-            "as the Trainer's data loaders do: let parallelize make the mesh"
+            f"the mesh {mesh.mesh.tolist()} does not number all {dist.get_world_size()} ranks in "
+            "order, as the Trainer's data loaders do: let parallelize make the mesh"
         )
     return DeviceMesh(mesh.device_type, ranks, mesh_dim_names=("dp_shard", "tp"))

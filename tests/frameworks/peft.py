@@ -9,7 +9,6 @@ import torch
 import torch.distributed as dist
 import transformers
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 import autoshard
 

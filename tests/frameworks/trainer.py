@@ -134,7 +134,8 @@ def trained(model: nn.Module, folder: str, **options: Any) -> dict[str, Any]:
         "evaluated": torch.tensor([[m[k] for k in keys] for m in (before, after)]),
         "logits": torch.tensor(np.asarray(predicted.predictions)),
         "labels": torch.tensor(predicted.label_ids),
-        "counts": [trainer.state.total_flos, *(len(g["params"]) for g in trainer.optimizer.param_groups)],
+        "flops": trainer.state.total_flos,
+        "decayed": [len(g["params"]) for g in trainer.optimizer.param_groups],
         "state": whole(model),
     }
 
@@ -206,12 +207,16 @@ def refused(model: nn.Module, folder: str) -> list[str]:
     """What a Trainer of a split model says no to."""
     said = []
     plain = autoshard.parallelize(gpt2(), 1, degree="max")  # two copies, and nothing averages
-    streamed = trainer_of(split(gpt2(), tp=1), Path(folder))
-    streamed.train_dataset = Stream()
+
+    def streamed() -> None:
+        trainer = trainer_of(split(gpt2(), tp=1), Path(folder))
+        trainer.train_dataset = Stream()
+        trainer.get_train_dataloader()
+
     for call in (
         lambda: trainer_of(plain, Path(folder)),
         lambda: trainer_of(model, Path(folder), gradient_checkpointing=True),
-        streamed.get_train_dataloader,
+        streamed,
     ):
         try:
             call()
