@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Shard
 from torch.utils import _pytree as pytree
 
@@ -601,6 +602,8 @@ def _undo_state(module: ParallelModule, name: str, value: Tensor) -> Tensor:
 
 def _from_state(module: nn.Module, state: dict[str, Any], prefix: str, *rest: Any) -> None:
     assert isinstance(module, ParallelModule)
+    if isinstance(module, FSDPModule):
+        module.reshard()  # after an evaluation whole parameters stand in the place of the shares
     mesh: Mesh = module.__dict__["_mesh"]
     own = dict(module.named_parameters(remove_duplicate=False))
     for key in list(state):

@@ -18,7 +18,7 @@ WORDS = 48
 def gpt2() -> nn.Module:
     """Weights the other way round, q, k and v in one."""
     config = transformers.GPT2Config(
-        vocab_size=WORDS, n_positions=16, n_embd=32, n_layer=2, n_head=4, use_cache=False,
+        vocab_size=WORDS, n_positions=16, n_embd=32, n_layer=1, n_head=4, use_cache=False,
         bos_token_id=None, eos_token_id=None, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
     )  # fmt: skip
     return transformers.GPT2LMHeadModel(config)
@@ -27,7 +27,7 @@ def gpt2() -> nn.Module:
 def llama() -> nn.Module:
     """Two key heads for four query heads, a gated MLP."""
     config = transformers.LlamaConfig(
-        vocab_size=WORDS, hidden_size=32, intermediate_size=64, num_hidden_layers=2, use_cache=False,
+        vocab_size=WORDS, hidden_size=32, intermediate_size=64, num_hidden_layers=1, use_cache=False,
         num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=16,
     )  # fmt: skip
     return transformers.LlamaForCausalLM(config)
