@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import hashlib
+import inspect
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -14,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Shard
 from torch.utils import _pytree as pytree
 
@@ -100,6 +103,7 @@ class ParallelModule(nn.Module):
         checkpoint: str | None = None,
     ) -> None:
         super().__init__()
+        self.__class__ = _with_face_of(type(skeleton), type(self))  # type: ignore[arg-type]
         self.__dict__["_skeleton"] = skeleton
         self.__dict__["_mesh"] = mesh
         self.__dict__["_input_check"] = InputCheck(check_inputs, skeleton.forward, mesh)
@@ -133,6 +137,11 @@ class ParallelModule(nn.Module):
         """The mesh of ranks; None in one process without a process group."""
         mesh: Mesh = self.__dict__["_mesh"]
         return mesh.device_mesh
+
+    @property
+    def tp_size(self) -> int:
+        """Ranks that share one copy of the model; Accelerate reads it under this name."""
+        return self.plan.tp
 
     def print_readable(self, print_output: bool = True) -> str:
         """The rewritten graph as Python code."""
@@ -602,6 +611,18 @@ def plan_hash(plan: Plan, sharded: Sharded | None = None) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
+@functools.cache
+def _with_face_of(model: type[nn.Module], base: type[ParallelModule]) -> type[ParallelModule]:
+    """The class with the name and the forward's signature of the model's: training loops read both."""
+
+    def forward(self: ParallelModule, *args: Any, **kwargs: Any) -> Any:
+        return base.forward(self, *args, **kwargs)
+
+    forward.__signature__ = inspect.signature(model.forward)  # type: ignore[attr-defined]
+    forward.__doc__ = base.forward.__doc__
+    return type(model.__name__, (base,), {"forward": forward, "__doc__": base.__doc__})
+
+
 def _tied_degree(plan: Plan, program: Program, name: str) -> int:
     """The degree of a region that the plan does not know, from the parameters that it shares."""
     by_parameter = {p: r.degree for r in plan.regions for p in r.parameters}
@@ -647,6 +668,8 @@ def _undo_state(module: ParallelModule, name: str, value: Tensor) -> Tensor:
 
 def _from_state(module: nn.Module, state: dict[str, Any], prefix: str, *rest: Any) -> None:
     assert isinstance(module, ParallelModule)
+    if isinstance(module, FSDPModule):
+        module.reshard()  # after an evaluation whole parameters stand in the place of the shares
     mesh: Mesh = module.__dict__["_mesh"]
     own = dict(module.named_parameters(remove_duplicate=False))
     for key in list(state):

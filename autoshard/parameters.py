@@ -102,11 +102,14 @@ def in_ranks_order(value: DTensor, stored: Stored | None) -> DTensor:
 
 def from_state(value: Tensor, stored: Stored | None, own: Tensor, mesh: Mesh) -> Tensor:
     """The inverse of ``to_state`` for the parameter `own`; a plain whole tensor is taken too."""
+    if isinstance(own, DTensor) and own.device_mesh != mesh.tp_mesh:  # split further, by FSDP2
+        if not isinstance(value, DTensor):
+            value = value.to(own.device)
+            value = distribute_tensor(value, own.device_mesh, own.placements, src_data_rank=None)
+        return in_ranks_order(value, stored)
     if isinstance(value, DTensor):
         if in_model_order(stored):
             return value
-        if isinstance(own, DTensor) and own.device_mesh != mesh.tp_mesh:  # split further, by FSDP2
-            return in_ranks_order(value, stored)
         value = value.full_tensor()
     if mesh.tp_mesh is None:
         return value

@@ -7,7 +7,7 @@ one use the contraction is an axis of its own::
     out[n] = sum over k of x[k] w[n, k]          k in w/2 of the ranks' parts: a partial sum
 
 It costs an all-reduce of the result, and one of the operand's gradient. Where that buys few FLOPs (a
-router) the matmul stays whole.
+router, whose result is narrow; the second half of an adapter, whose operand is) the matmul stays whole.
 
 Before: ``norm(linear(x, w))`` whole. After: one candidate more, a region of one call; ``x`` at this
 use and ``w`` have a fresh axis for k.
@@ -25,8 +25,8 @@ from autoshard.paths import module_path
 from autoshard.rules import Call, rule_for
 from autoshard.rules.call import Dims
 
-# FLOPs per communicated element, against those of a square matmul: the result is no narrower than a
-# seventh of the operand.
+# FLOPs per communicated element, against those of a square matmul as wide as the wider side: neither
+# the result nor the operand is narrower than a seventh of the other.
 WORTH = 1 / 4
 
 
@@ -101,12 +101,16 @@ def _is_worth_it(call: Call, weight: fx.Node, axes: Axes, hints: Hints) -> bool:
     """FLOPs per element of the result, and of the operand whose gradient is summed: a square matmul
     over k has k."""
     operands = {call.tensor(*slot): dims for slot, dims in call.operands.items()}
-    elements = hints.numel(call.outputs[0] or ()) + sum(
+    result = call.outputs[0] or ()
+    elements = hints.numel(result) + sum(
         hints.numel(dims)
         for operand, dims in operands.items()
         if operand in axes.differentiable and operand is not weight
     )
-    return hints(call.flops) >= WORTH * hints.numel(tuple(call.summed)) * elements
+    others = {a.find() for o, dims in operands.items() if o is not weight for a in dims}
+    own = {a.find() for a in operands[weight]} - others  # out[n] = sum over k of x[k] w[n, k]: n
+    width = max(hints.numel(call.summed), hints.numel(a for a in result if a.find() in own))
+    return hints(call.flops) >= WORTH * width * elements
 
 
 def _dims(call: Call, operand: fx.Node) -> Dims:

@@ -76,7 +76,7 @@ def room_for_optimizer(
     """Empty tensors for the state that a checkpoint has, split as the parameters are."""
     saved = _by_parameter(there)
     return {
-        f"optimizer.{name}.{key}": _like(parameter, *kind)
+        f"optimizer.{name}.{key}": like(parameter, *kind)
         for name, parameter in _trained(model, optimizer)
         for key, kind in saved.get(name, {}).items()
     }
@@ -113,7 +113,7 @@ def into_optimizer(
         numbers, own = values["state"].get(name, {}), saved_tensors.get(name, {})
         if numbers or own:
             share = stored(model, name)
-            state[place] = {**numbers, **{k: _in_ranks_order(v, share) for k, v in own.items()}}
+            state[place] = {**numbers, **{k: in_ranks_order(v, share) for k, v in own.items()}}
     groups: list[dict[str, Any]] = []
     first = 0
     for mine, saved in zip(optimizer.param_groups, values["groups"], strict=True):
@@ -160,23 +160,23 @@ def _names(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[list[str]
 
 
 def _in_model_order(value: Tensor, share: Stored | None) -> Tensor:
-    return stored_parameters.to_state(value, share) if _is_split_in(value, share) else value
+    return stored_parameters.to_state(value, share) if is_split_in(value, share) else value
 
 
-def _in_ranks_order(value: Tensor, share: Stored | None) -> Tensor:
-    if not _is_split_in(value, share) or not isinstance(value, DTensor):
+def in_ranks_order(value: Tensor, share: Stored | None) -> Tensor:
+    if not is_split_in(value, share) or not isinstance(value, DTensor):
         return value
     return stored_parameters.in_ranks_order(value, share)
 
 
-def _is_split_in(value: Tensor, share: Stored | None) -> bool:
+def is_split_in(value: Tensor, share: Stored | None) -> bool:
     """Whether a state has the dimension in which its parameter's rows lie by rank."""
     if share is None or not isinstance(value, DTensor):
         return False
     return any(p == Shard(share[0]) for p in value.placements)
 
 
-def _like(parameter: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
+def like(parameter: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
     """An empty tensor for a state: split in the dimensions that it shares with its parameter."""
     if not isinstance(parameter, DTensor) or not shape:
         device = parameter.device if shape else torch.device("cpu")
