@@ -180,6 +180,10 @@ def _is_matrix(node: fx.Node) -> bool:
     return is_tensor(node) and node.meta["val"].dim() > 1
 
 
+def _is_pointwise(node: fx.Node) -> bool:
+    return torch.Tag.pointwise in getattr(node.target, "tags", ())
+
+
 def _input(norm: fx.Node) -> fx.Node:
     source = bind(norm)["input"]
     assert isinstance(source, fx.Node)
@@ -229,8 +233,9 @@ def _check(
             behind.add(node)
             if op_name(node) in NORMS and (source := _input(node)) not in summed:
                 terms = [o for o in source.all_input_nodes if values.flows(o)]
-                if node in carried or (op_name(source) == "add" and len(terms) > 1):
-                    faults.setdefault(source, "a norm reads it that is no residual addition x + f(x)")
+                if node in carried or (_is_pointwise(source) and len(terms) > 1):
+                    reason = "a norm reads it, and it is no residual addition x + f(x)"
+                    faults.setdefault(source, reason)
         elif node in carried:
             behind.add(node)
     if faults:
