@@ -194,18 +194,16 @@ def on_ranks(tp: int, checkpoint: str | None) -> dict[str, Any]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("tp", "checkpoint"), [(1, None), (2, "layer")])
-def test_on_ranks(tp: int, checkpoint: str | None) -> None:
-    """As written by hand: outputs, every gradient, a second capture in eval mode, layers computed
-    again; and the ranks' own verify compares with the rearranged model."""
+def test_on_ranks() -> None:
+    """As written by hand: outputs, every gradient with layers computed again, a second capture in
+    eval mode; and the ranks' own verify compares with the rearranged model."""
     right = bert()
     loss, logits = Figure7b(right)(**batch())
     assert loss is not None
     loss.backward()
     tokens = batch()["input_ids"][:, :6]
     other = Figure7b(right).eval()(tokens, torch.ones(3, 6), token_type_ids=torch.ones(3, 6).long())
-    ranks = [on_ranks(1, checkpoint)] if tp == 1 else run_distributed(on_ranks, tp, tp, checkpoint)
-    for found in ranks:
+    for found in run_distributed(on_ranks, 2, 2, "layer"):
         assert_close(found["logits"], logits)
         assert_close(found["gradients"], gradients(right))
         assert_close(found["again"], other[1])
@@ -218,7 +216,7 @@ def test_on_ranks(tp: int, checkpoint: str | None) -> None:
 
 
 def test_verify_says_what_it_compared_with(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The rearranged model; compared with the model itself it is not the same function."""
+    """The rearranged model, which is the one by hand; against the model itself it is not the same."""
     model = bert(layers=1)
     report = autoshard.verify(model, 2, batch(), pre_norm=True)
     assert report.ok and len(report.gradients) == len(list(model.parameters()))
@@ -226,22 +224,22 @@ def test_verify_says_what_it_compared_with(monkeypatch: pytest.MonkeyPatch) -> N
     plain = autoshard.verify(model, 2, batch())
     assert plain.ok and plain.reference == "" and "compared with" not in str(plain)
     assert autoshard.plan(model, 2, batch(), degree="max", pre_norm=True).degrees == plain.plan.degrees
+    monkeypatch.setattr(verification, "Rearranged", lambda subject, _program: Figure7b(subject))
+    by_hand = autoshard.verify(model, 4, batch(), pre_norm=True)
+    assert by_hand.ok and by_hand.gradients.keys() == report.gradients.keys()
     monkeypatch.setattr(verification, "Rearranged", lambda subject, _program: subject)
     wrong = autoshard.verify(model, 2, batch(), pre_norm=True)
     assert not wrong.ok and wrong.max_relative_error > 1e-3
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["distilbert", "mpnet", "bart"])
+@pytest.mark.parametrize("name", ["mpnet", "bart"])
 def test_other_models(name: str) -> None:
     """Scores with a bias of positions that all layers share; an encoder and a decoder."""
     tokens = torch.arange(12).view(2, 6) + 3
     config = {"vocab_size": 101, "max_position_embeddings": 32}
     model: nn.Module
-    if name == "distilbert":
-        small = {"dim": 32, "n_layers": 2, "n_heads": 4, "hidden_dim": 64}
-        model = transformers.DistilBertModel(transformers.DistilBertConfig(**config, **small))
-    elif name == "mpnet":
+    if name == "mpnet":
         small = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
         model = transformers.MPNetModel(
             transformers.MPNetConfig(intermediate_size=64, **config, **small)
@@ -317,8 +315,9 @@ TOKENS = torch.arange(12).view(2, 6)
     ],
 )
 def test_layers_that_do_not_fit(kind: str, reason: str) -> None:
-    """Before a layer that would fit, and as the last one; the message names it, none before it."""
-    for kinds, layer in ((("post", kind, "post"), 1), (("post", "post", kind), 2)):
+    """Before a layer that would fit, or as the last one; the message names it, none before it."""
+    cases = [(("post", kind, "post"), 1), (("post", "post", kind), 2)]
+    for kinds, layer in cases if kind in ("lerp", "projected") else cases[:1]:
         with pytest.raises(AutoshardError) as raised:
             autoshard.plan(Layers(*kinds), 2, (TOKENS,), degree="max", **MOVED)
         said = str(raised.value)
@@ -343,3 +342,50 @@ def test_a_first_layer_behind_no_norm() -> None:
     model = Layers("post", "post", first_norm=False)
     with pytest.raises(AutoshardError, match=r"can rearrange 1 .* layers\.0: what goes past .*too$"):
         autoshard.plan(model, 2, (TOKENS,), degree="max", **MOVED)
+
+
+# -- what it is for -------------------------------------------------------------------------------
+
+
+def losses(pre_norm: bool, steps: int = 60) -> list[float]:
+    """A narrow BERT of 24 layers learns to count modulo 32, some tokens hidden: Adam at 3e-3, with
+    weights of the size that keeps a matmul's input and output alike, and no warmup."""
+    torch.manual_seed(0)
+    config = transformers.BertConfig(
+        vocab_size=32, hidden_size=32, num_hidden_layers=24, num_attention_heads=2,
+        intermediate_size=64, max_position_embeddings=16, initializer_range=0.2,
+        hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+    )  # fmt: skip
+    model: nn.Module = transformers.BertForMaskedLM(config)
+    generator = torch.Generator().manual_seed(0)
+
+    def rows() -> dict[str, Tensor]:
+        tokens = (torch.randint(0, 32, (16, 1), generator=generator) + torch.arange(12)) % 32
+        hidden = torch.rand(tokens.shape, generator=generator) < 0.15
+        given = {"input_ids": tokens.masked_fill(hidden, 0), "labels": tokens}
+        return given | {"attention_mask": torch.ones_like(tokens)}
+
+    if pre_norm:
+        model = autoshard.parallelize(model, 1, rows(), degree="max", pre_norm=True)
+        generator.manual_seed(0)
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    found = []
+    for _ in range(steps):
+        loss = model(**rows()).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        found.append(loss.item())
+    return found
+
+
+@pytest.mark.slow
+def test_a_deep_stack_trains() -> None:
+    """Post-norm stays at the loss of a guess, log 32 = 3.47; pre-norm leaves it far behind.
+
+    Means of the last ten of 60 steps, seeds 0, 1 and 2: 3.47, 3.47 and 3.48 against 1.94, 1.83 and
+    1.42 (at 5e-3: 3.48, 3.48 and 3.48 against 1.97, 2.31 and 1.75). The bounds are 3.4 and 2.7.
+    """
+    post, pre = (sum(losses(pre_norm)[-10:]) / 10 for pre_norm in (False, True))
+    assert post > 3.4
+    assert pre < 2.7
