@@ -4,7 +4,7 @@
     python benchmarks/building.py --small    # 52M parameters at tp=2, in seconds
 
 A GPT is built under ``autoshard.meta_parameters()``, split over processes of the CPU, and filled by
-``load_weights`` from safetensors, and again by ``init_weights``. Linux: a rank
+``load_weights`` from safetensors, and then by ``init_weights``. Linux: a rank
 reads its own memory from /proc/self/status every few milliseconds and once at the end of each stage.
 
 - ``held``: anonymous memory at the end of the stage; ``peak``: the most there was during it. Both

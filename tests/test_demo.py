@@ -90,16 +90,16 @@ def test_same(demo: ModuleType, step: int, difference: float, same: bool) -> Non
     assert demo.same(curve) is same
 
 
-@pytest.mark.parametrize("loss", [3.1, float("nan")])
+@pytest.mark.parametrize(("loss", "perplexity"), [(3.1, 20.0), (float("nan"), 20.0), (3.0, 20.1)])
 def test_a_diverged_training_is_not_the_same(
-    demo: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, loss: float
+    demo: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, loss: float, perplexity: float
 ) -> None:
-    """Another curve on a later rank gives a nonzero exit code."""
+    """Another curve, or perplexity, on a later rank gives a nonzero exit code."""
     ranks: list[dict[str, Any]] = [
         {"losses": [3.0, end], "plan": "", "layer": "", "elements": 1, "device": "", "seconds": 1,
-         "perplexity": 20.0}
-        for end in (3.0, loss)
-    ]
+         "perplexity": value}
+        for end, value in ((3.0, 20.0), (loss, perplexity))
+    ]  # fmt: skip
     monkeypatch.setattr(demo, "train", lambda *_args, **_kwargs: [3.0, 3.0])
     monkeypatch.setattr(demo, "run_ranks", lambda *_args: ranks)
     monkeypatch.setattr(demo, "evaluate", lambda *_args: 20.0)
@@ -107,21 +107,11 @@ def test_a_diverged_training_is_not_the_same(
     assert demo.main() == 1
 
 
-@pytest.mark.parametrize(("other", "code"), [(20.001, 0), (20.1, 1), (float("nan"), 1)])
-def test_another_perplexity_is_not_the_same(
-    demo: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, other: float, code: int
-) -> None:
-    """The text held out is predicted alike on every rank, or the exit code says so."""
-    ranks: list[dict[str, Any]] = [
-        {"losses": [3.0, 3.0], "plan": "", "layer": "", "elements": 1, "device": "", "seconds": 1,
-         "perplexity": value}
-        for value in (20.0, other)
-    ]  # fmt: skip
-    monkeypatch.setattr(demo, "train", lambda *_args, **_kwargs: [3.0, 3.0])
-    monkeypatch.setattr(demo, "run_ranks", lambda *_args: ranks)
-    monkeypatch.setattr(demo, "evaluate", lambda *_args: 20.0)
-    monkeypatch.setattr(sys, "argv", ["demo.py", "--out", str(tmp_path), "--steps", "2"])
-    assert demo.main() == code
+@pytest.mark.parametrize(("other", "same"), [(20.001, True), (20.1, False), (float("nan"), False)])
+def test_same_perplexity(demo: ModuleType, other: float, same: bool) -> None:
+    """Its logarithm has the losses' bound, on every rank."""
+    ranks = [{"perplexity": value} for value in (20.0, other)]
+    assert demo.same_perplexity(20.0, ranks) is same
 
 
 @pytest.mark.slow
