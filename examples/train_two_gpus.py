@@ -82,7 +82,8 @@ def compare(options: argparse.Namespace, dtype: torch.dtype, device: torch.devic
     generator = torch.Generator().manual_seed(1)
     shape = (options.batch, options.length)
     batches = [
-        torch.randint(options.vocabulary, shape, generator=generator).to(device) for _ in range(BATCHES)
+        torch.randint(options.vocabulary, shape, generator=generator).to(device)
+        for _ in range(BATCHES)
     ]
     whole: Run | None = None
     if rank == 0:
