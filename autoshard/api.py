@@ -44,6 +44,7 @@ def parallelize(
     strict: bool = False,
     checkpoint: str | None = None,
     check_inputs: bool | str = "first",
+    pre_norm: bool = False,
 ) -> ParallelModule:
     """Split a model over ``tp`` ranks inside its layers; called on every rank.
 
@@ -77,6 +78,10 @@ def parallelize(
         checkpoint: ``"layer"``: in train mode the activations of every numbered layer are computed
             again in the backward pass; no collective of the forward is repeated, and dropout draws the
             same. None: only of what the model itself runs under ``torch.utils.checkpoint``.
+        pre_norm: another function, on purpose: the norms of a model that has them after its residual
+            additions (BERT) are moved to before its sublayers, so that it trains when it is deep.
+            Every parameter keeps its name; ``autoshard.passes.rearrange_norms`` says what each norm
+            normalises then.
 
     Returns:
         A module with the model's inputs, outputs, and parameter names.
@@ -86,6 +91,7 @@ def parallelize(
         CaptureError: the model cannot be captured as one graph.
         PlanError: no region can be split; a plan that does not fit the model; ranks that disagree.
         UnknownOperatorError: with ``strict``.
+        AutoshardError: with ``pre_norm``: the norms of some layers do not follow residual additions.
     """
     _check_model(model, tp)
     if check_inputs not in MODES:
@@ -94,7 +100,7 @@ def parallelize(
         raise ValueError(f"logits={logits!r} must be one of {', '.join(LOGITS)}")
     device_mesh = init_mesh(tp, mesh, device)
     target = Target(hardware, batch, sequence, memory, optimizer, checkpoint, uniform)
-    program, request, example = _analysed(model, tp, example_inputs, degree, plan)
+    program, request, example = _analysed(model, tp, example_inputs, degree, plan, pre_norm)
     costs = _costs(program, model, tp, target, example, example_inputs)
     unknown = [n for n, b in model.named_buffers() if b.is_meta]
     if unknown:
@@ -127,6 +133,7 @@ def parallelize(
         logits,
         check_inputs,
         checkpoint,
+        pre_norm,
     )
 
 
@@ -149,6 +156,7 @@ def plan(
     logits: str = "auto",
     strict: bool = False,
     check_inputs: bool | str = "first",
+    pre_norm: bool = False,
 ) -> Plan:
     """The plan that ``parallelize`` would follow. No process group, no GPU; meta models too.
 
@@ -160,7 +168,7 @@ def plan(
     """
     _check_model(model, tp)
     target = Target(hardware, batch, sequence, memory, optimizer, checkpoint, uniform)
-    program, request, example = _analysed(model, tp, example_inputs, degree, plan)
+    program, request, example = _analysed(model, tp, example_inputs, degree, plan, pre_norm)
     costs = _costs(program, model, tp, target, example, example_inputs)
     made, _ = planned(program.analysis, tp, request, costs, uniform)
     _check_plan(made, tp, strict)
@@ -168,11 +176,12 @@ def plan(
 
 
 def _analysed(
-    model: nn.Module, tp: int, example_inputs: Any, degree: str | int, given: Any
+    model: nn.Module, tp: int, example_inputs: Any, degree: str | int, given: Any, pre_norm: bool
 ) -> tuple[Program, Request, Inputs]:
     request = _request(model, tp, degree, given)
     args, kwargs = normalized_inputs(model, example_inputs)
-    return analyse(skeleton(model), args, kwargs, tp), request, (args, kwargs)
+    program = analyse(skeleton(model), args, kwargs, tp, None, pre_norm)
+    return program, request, (args, kwargs)
 
 
 def _costs(

@@ -14,10 +14,10 @@
   default timeout (30 minutes), whatever ``init_process_group`` was told.
 - ``torch.utils.checkpoint.CheckpointFunction`` and ``_checkpoint_without_reentrant_generator`` (torch
   2.13): what ``checkpoint`` calls, by name. Models hold ``checkpoint`` itself since their import.
-- ``PythonPrinter`` (torch 2.11, 2.13): the sizes that a capture finds are sympy expressions with functions
-  of torch's own, which it writes as Python.
-- ``_dispatch_tls_set_dispatch_key_excluded`` (torch 2.13): an operator of our own runs below autograd; one
-  whose backward runs a forward once more needs it there.
+- ``PythonPrinter`` (torch 2.11, 2.13): the sizes that a capture finds are sympy expressions with
+  functions of torch's own, which it writes as Python.
+- ``_dispatch_tls_set_dispatch_key_excluded`` (torch 2.13): an operator of our own runs below autograd;
+  one whose backward runs a forward once more needs it there.
 - ``UntypedStorage._cdata`` (torch 2.11, 2.13): which traced tensors share memory. Traced storages have
   no address, and storages do not compare.
 """

@@ -1,4 +1,4 @@
-"""Data parallel copies of a parallel module: FSDP2 layer by layer, or whole copies with averaged gradients.
+"""Data parallel copies of a parallel module: FSDP2 by layer, or whole copies with averaged gradients.
 
 The world has dp x tp ranks, and ``tp_model.mesh`` both dimensions (arXiv 1909.08053, section 5.2: the
 paper's hybrid). Each copy gets a batch of its own; the gradient of a step is the mean over the copies.

@@ -1,4 +1,4 @@
-"""For which shapes of its inputs a captured graph holds, as a function that can be called and compiled."""
+"""For which shapes of its inputs a captured graph holds: a function that can be called and compiled."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Holds = Callable[[Sequence[Any]], bool]
 def shape_guard(inputs: Sequence[Any], ranges: Mapping[str, tuple[float, float]]) -> Holds:
     """A check of flat inputs against the shapes that the graph was captured for.
 
-    A symbol is read off the first dimension that is that symbol alone; every other dimension must agree.
+    A symbol is read off the first dimension that is that symbol alone; all other dimensions must agree.
 
     Args:
         inputs: what stood for each flat input in the capture; a tensor has sizes and symbols.

@@ -9,7 +9,7 @@ import hashlib
 import inspect
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,7 @@ from autoshard.rank import (
     rank_module,
     sources,
 )
+from autoshard.rearranged import REFERENCE, Rearranged
 from autoshard.replay import Subject, verify_ranks
 from autoshard.replicas import check_replicas
 from autoshard.sharded import Sharded, SplitOutput
@@ -101,6 +102,7 @@ class ParallelModule(nn.Module):
         logits: str = "auto",
         check_inputs: bool | str = "first",
         checkpoint: str | None = None,
+        pre_norm: bool = False,
     ) -> None:
         super().__init__()
         self.__class__ = _with_face_of(type(skeleton), type(self))  # type: ignore[arg-type]
@@ -110,6 +112,7 @@ class ParallelModule(nn.Module):
         self.plan = plan
         self.logits = logits
         self._checkpoint = checkpoint
+        self._pre_norm = pre_norm
         self._stored: dict[str, Stored] = {
             program.captured.parameters[p]: share for p, share in sharded.stored.items()
         }
@@ -241,7 +244,13 @@ class ParallelModule(nn.Module):
 
         Raises:
             AttributeError: the model has no ``save_pretrained``.
+            AutoshardError: with ``pre_norm=True``: the model's class would compute another function.
         """
+        if self._pre_norm:
+            raise AutoshardError(
+                "these weights were trained with pre_norm=True, and from_pretrained would make a model "
+                "with its norms where they were: use autoshard.save, or full_state_dict()"
+            )
         skeleton: Any = self.__dict__["_skeleton"]
         write = skeleton.save_pretrained
         state = self.full_state_dict(rank0_only=True)
@@ -340,6 +349,8 @@ class ParallelModule(nn.Module):
     def verify(self, batch: Any, device: torch.device | str | None = None) -> Report:
         """Compare a step on these ranks with the model itself, whole, on one rank of each group.
 
+        With ``pre_norm=True`` the rearranged model takes the model's place, run whole from its graph.
+
         The first rank of a tensor parallel group gathers the parameters into a copy of the model and
         runs it: outputs, loss, and the gradient of every parameter are compared, in the precision that
         the parameters have, with dropout off. Every rank calls it, with the same batch; before
@@ -361,16 +372,21 @@ class ParallelModule(nn.Module):
         mesh: Mesh = self.__dict__["_mesh"]
         args, kwargs = pytree.tree_map_only(Tensor, lambda t: t.to(mesh.device), (args, kwargs))
         self.__dict__["_input_check"].compare(args, kwargs, self.training)
+        where = torch.device(device or mesh.device)
         model = make_skeleton(self.__dict__["_skeleton"]).train(self.training)
-        subject = Subject(
-            self.forward, model, lambda count: output_names(self._last.program, count),
-            dict(self.named_parameters()), dict(self.named_buffers()), self.share_of, mesh, self.plan,
-        )  # fmt: skip
         last = self._last
         try:
             key, flat = self._key(args, kwargs)  # what has to be captured is captured as for a step
-            self._find(key, flat, args, kwargs, self._known(key, flat))
-            return verify_ranks(subject, args, kwargs, torch.device(device or mesh.device))
+            compiled = self._find(key, flat, args, kwargs, self._known(key, flat))
+            if self._pre_norm:
+                model = Rearranged(model, compiled.program, where)
+            subject = Subject(
+                self.forward, model, lambda count: output_names(self._last.program, count),
+                dict(self.named_parameters()), dict(self.named_buffers()), self.share_of, mesh,
+                self.plan,
+            )  # fmt: skip
+            report = verify_ranks(subject, args, kwargs, where)
+            return replace(report, reference=REFERENCE) if self._pre_norm else report
         finally:
             self.__dict__["_last"] = last
 
@@ -504,7 +520,7 @@ class ParallelModule(nn.Module):
         skeleton: nn.Module = self.__dict__["_skeleton"]
         skeleton.train(self.training)
         args, kwargs = pytree.tree_map_only(Tensor, lambda t: t.detach().to("cpu"), (args, kwargs))
-        program = analyse(skeleton, args, kwargs, self.plan.tp)
+        program = analyse(skeleton, args, kwargs, self.plan.tp, None, self._pre_norm)
         keep = outputs_to_keep(program, self.training, self.logits)
         degrees = {
             r.name: self.plan.degrees.get(r.name, _tied_degree(self.plan, program, r.name))
@@ -530,7 +546,8 @@ class ParallelModule(nn.Module):
             {n: t.to(mesh.device) for n, t in program.captured.constants.items()}
         )
         return Compiled(
-            key, program, sharded, layered_module(sharded, mesh.group), sources(sharded, program.captured),
+            key, program, sharded,
+            layered_module(sharded, mesh.group), sources(sharded, program.captured),
             tuple(mesh.group(degree).stream for degree in random_groups(sharded)),
         )  # fmt: skip
 

@@ -124,7 +124,9 @@ def checkpointed(
     return cast(tuple[T, ...], again(context_fn=contexts))
 
 
-def call_layer(layer: Callable[..., T], body: Callable[..., T], names: tuple[str, ...], *operands: Any) -> T:
+def call_layer(
+    layer: Callable[..., T], body: Callable[..., T], names: tuple[str, ...], *operands: Any
+) -> T:
     """`layer(body, names, *operands)`: a module of the model runs its part of the graph.
 
     layer: gives `body(*parameters, *operands)` with its own parameters of these names (`layers.Layer`).

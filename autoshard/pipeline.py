@@ -1,6 +1,6 @@
 """The pipeline: what happens to a model, top to bottom.
 
-capture -> inline -> functionalize -> normalize -> assign_axes -> match
+capture -> inline -> functionalize -> normalize -> (rearrange_norms) -> assign_axes -> match
 -> (workload -> costs, for degree="auto") -> assign_degrees -> shard -> checkpoint -> outline -> prove
 """
 
@@ -26,6 +26,7 @@ from autoshard.passes.match_alone import match_alone
 from autoshard.passes.normalize import normalize
 from autoshard.passes.outline import outline
 from autoshard.passes.prove import placements, prove
+from autoshard.passes.rearrange_norms import rearrange_norms
 from autoshard.passes.shard import shard
 from autoshard.planning import Costs, planned
 from autoshard.plans import Plan
@@ -42,11 +43,14 @@ class Program:
         captured: the graph with the meaning of its placeholders.
         analysis: axes and candidates.
         seconds: time of each stage.
+        reference: the rearranged graph, with nothing else done to it, where the function was changed
+            on purpose; None where the model itself is the reference.
     """
 
     captured: Captured
     analysis: Analysis
     seconds: dict[str, float]
+    reference: fx.Graph | None = None
 
 
 def analyse(
@@ -55,6 +59,7 @@ def analyse(
     kwargs: dict[str, Any],
     tp: int,
     edit: Callable[[fx.Graph], None] | None = None,
+    pre_norm: bool = False,
 ) -> Program:
     """Capture a model and find what can be split.
 
@@ -63,8 +68,9 @@ def analyse(
         args, kwargs: example inputs, on the CPU.
         tp: ranks.
         edit: a function applied to the captured graph first (verification turns dropout off).
+        pre_norm: move the norms behind the residual additions to before the sublayers.
     """
-    return next(analyse_each(model, args, kwargs, (tp,), edit))
+    return next(analyse_each(model, args, kwargs, (tp,), edit, pre_norm))
 
 
 def analyse_each(
@@ -73,6 +79,7 @@ def analyse_each(
     kwargs: dict[str, Any],
     tps: Sequence[int],
     edit: Callable[[fx.Graph], None] | None = None,
+    pre_norm: bool = False,
 ) -> Iterator[Program]:
     """Capture a model once, and find what can be split over several numbers of ranks."""
     seconds: dict[str, float] = {}
@@ -86,19 +93,27 @@ def analyse_each(
     for tp in tps:
         graph = captured.graph if tp == tps[-1] else copy.deepcopy(module).graph
         again = dict(seconds)
-        analysis = _analysed(replace(captured, graph=graph), tp, shapes, again)
-        yield Program(captured, analysis, again)
+        yield _analysed(replace(captured, graph=graph), tp, shapes, again, pre_norm)
 
 
 def _analysed(
-    captured: Captured, tp: int, shapes: dict[str, tuple[int, ...]], seconds: dict[str, float]
-) -> Analysis:
-    graph = captured.graph
+    captured: Captured,
+    tp: int,
+    shapes: dict[str, tuple[int, ...]],
+    seconds: dict[str, float],
+    pre_norm: bool,
+) -> Program:
+    graph: fx.Graph = captured.graph
+    reference: fx.Graph | None = None
     with Stages(seconds, ("normalize", "axes", "match")) as stages:
         with stages.stage("normalize"):
             graph = inline(graph, captured.differentiable)
             graph = functionalize(graph, captured.parameters)
             graph = normalize(graph, captured.parameters, captured.constants)
+            if pre_norm:
+                graph = rearrange_norms(graph, captured.parameters, captured.inputs)
+                reference = fx.Graph()
+                reference.output(reference.graph_copy(graph, {}))
         with stages.stage("axes"):
             axes = assign_axes(graph, captured.parameters, captured.inputs)
             norms = decompose_norms(graph, axes) if tp > 1 else []
@@ -110,7 +125,8 @@ def _analysed(
                 axes = assign_axes(graph, captured.parameters, captured.inputs)
                 candidates = match(graph, axes, tp)
             candidates = match_alone(graph, axes, tp, candidates)
-    return Analysis(graph, axes, candidates, captured.parameters, shapes)
+    analysis = Analysis(graph, axes, candidates, captured.parameters, shapes)
+    return Program(captured, analysis, seconds, reference)
 
 
 def rewrite(

@@ -81,7 +81,7 @@ def whole_tensor(shares: list[Tensor], stored: tuple[int, layouts.Layout, int]) 
 
 @dataclass(frozen=True)
 class Source:
-    """Where a placeholder's value comes from: a parameter, buffer or layer by name, an input by index."""
+    """Where a placeholder's value comes from: parameter, buffer or layer by name, input by index."""
 
     kind: Literal["parameter", "buffer", "constant", "input", "layer"]
     name: str

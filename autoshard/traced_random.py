@@ -120,12 +120,14 @@ def _mix(x: Tensor) -> Tensor:
     """A bijection of 32-bit integers in which every bit depends on all."""
     x = (x ^ _down(x, 16)) * _M1
     x = (x ^ _down(x, 15)) * _M2
-    return x ^ _down(x, 16)
+    mixed: Tensor = x ^ _down(x, 16)
+    return mixed
 
 
 def _down(x: Tensor, bits: int) -> Tensor:
     """A shift that fills with zeros, of signed numbers."""
-    return (x >> bits) & (2 ** (32 - bits) - 1)
+    shifted: Tensor = (x >> bits) & ((1 << (32 - bits)) - 1)
+    return shifted
 
 
 def _wrapped(x: int) -> int:

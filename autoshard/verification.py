@@ -26,6 +26,7 @@ from autoshard.passes.assign_degrees import Request
 from autoshard.paths import layer_of
 from autoshard.pipeline import Program, analyse_each, rewrite
 from autoshard.plans import Plan
+from autoshard.rearranged import REFERENCE, Rearranged
 from autoshard.rehearsal import simulated
 from autoshard.rules.call import op_name
 from autoshard.sharded import Sharded
@@ -47,6 +48,7 @@ class Report:
         dtype: that the comparison was made in, on which the tolerance depends.
         seconds: of each stage of the capture, the analysis and the rewriting.
         located: with ``locate=True`` and where not ok: the first place that differs; None else.
+        reference: what was compared with, where that is not the model itself; "" else.
     """
 
     ok: bool
@@ -58,6 +60,7 @@ class Report:
     dtype: torch.dtype = torch.float64
     seconds: dict[str, float] = field(default_factory=dict)
     located: Located | None = None
+    reference: str = ""
 
     @property
     def worst(self) -> str:
@@ -93,6 +96,8 @@ class Report:
             f"{len(self.gradients)} gradients, tp={self.plan.tp}",
             f"tolerance {self.tolerance:.0e}: {WHY[self.dtype]}",
         ]
+        if self.reference:
+            lines.append(f"compared with {self.reference}")
         if self.located is not None:
             lines.append(str(self.located))
         worst = self._worst_of_layers()
@@ -115,6 +120,7 @@ def verify(
     plan: Plan | None = None,
     dtype: torch.dtype = torch.float64,
     locate: bool = False,
+    pre_norm: bool = False,
 ) -> Report:
     """Compare the model split over ``tp`` simulated ranks with the model itself.
 
@@ -130,6 +136,9 @@ def verify(
         dtype: float64 shows 1e-16 of rounding and nothing else; lower ones their own.
         locate: where the functions differ, find the first value or gradient that does, in one more
             run in which every value is compared: ``report.located``.
+        pre_norm: as for ``parallelize``: the model is another function then, on purpose, so what is
+            compared with is the rearranged graph, run whole. (That the graph is the model's, verify
+            shows without ``pre_norm``.)
 
     Raises:
         AutoshardError: the model cannot be captured or split.
@@ -138,7 +147,7 @@ def verify(
         raise ValueError(f'degree={degree!r} must be "max" or a number up to tp={tp}; or pass plan=')
     args, kwargs = normalized_inputs(model, example_inputs)
     request: Any = plan.degrees if plan is not None else degree
-    return next(verify_each(model, (tp,), args, kwargs, request, dtype, locate))
+    return next(verify_each(model, (tp,), args, kwargs, request, dtype, locate, pre_norm))
 
 
 def verify_each(
@@ -149,6 +158,7 @@ def verify_each(
     request: Request = "max",
     dtype: torch.dtype = torch.float64,
     locate: bool = False,
+    pre_norm: bool = False,
 ) -> Iterator[Report]:
     """``verify`` over several numbers of ranks, the model captured once."""
     subject = perturbed(copy.deepcopy(model).to(dtype), seed=0)
@@ -156,16 +166,18 @@ def verify_each(
         Tensor, lambda t: t.to(dtype) if t.is_floating_point() else t.clone(), (args, kwargs)
     )
     hollow, edit = capturing.skeleton(subject), edit_exactly(dtype)
-    programs = analyse_each(hollow, args, kwargs, tps, edit)
+    programs = analyse_each(hollow, args, kwargs, tps, edit, pre_norm)
     for tp in tps:
         with _tensors_of(dtype):
             program = next(programs)
             plan, sharded = rewrite(program, tp, request)
             inputs = boundary_inputs(program, tp, args, kwargs)
-            report = compare(subject, program, sharded, plan, *inputs, dtype)
+            right = Rearranged(subject, program) if pre_norm else subject
+            report = compare(right, program, sharded, plan, *inputs, dtype)
+            report = replace(report, reference=REFERENCE if pre_norm else "")
             if locate and not report.ok:
                 found = first_difference(
-                    subject, program, sharded, plan, *inputs, dtype, report.tolerance
+                    right, program, sharded, plan, *inputs, dtype, report.tolerance
                 )
                 report = replace(report, located=found)
         yield report

@@ -177,24 +177,28 @@ def read_into(
     by_file: dict[Path, list[str]] = {}
     for name in slots:
         by_file.setdefault(files[keys[name]], []).append(name)
-    with ExitStack() as stack:
-        opened = {path: stack.enter_context(_opened(path)) for path in by_file}
-        for path, names in by_file.items():
-            inside = set(opened[path].keys())
+    for path, names in by_file.items():
+        with _opened(path) as file:
+            inside = set(file.keys())
             for name in names:
                 if keys[name] not in inside:
                     raise CheckpointError(
                         f"{path} does not have {keys[name]}, which its index promises"
                     )
-                shape = tuple(opened[path].get_slice(keys[name]).get_shape())
+                shape = tuple(file.get_slice(keys[name]).get_shape())
                 if shape != tuple(slots[name].shape):
                     raise CheckpointError(
                         f"{path}: {keys[name]} has the shape {list(shape)}, and {name} of the model "
                         f"{list(slots[name].shape)}: these are another model's weights"
                     )
-        work = [(path, name) for path, names in by_file.items() for name in names]
+    work = [(path, name) for path, names in by_file.items() for name in names]
+    last: Path | None = None
+    with ExitStack() as stack:
         for path, name in each(work, len(work), "reading weights"):
-            _read(opened[path], keys[name], slots[name], mesh)
+            if path != last:
+                stack.close()  # a file that was read leaves this process's memory
+                last, file = path, stack.enter_context(_opened(path))
+            _read(file, keys[name], slots[name], mesh)
 
 
 @torch.no_grad()

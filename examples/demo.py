@@ -4,14 +4,16 @@
 
 The model is Hugging Face's GPT2LMHeadModel, unchanged; the text is the source of Python's own
 standard library, read as bytes. The ranks talk over NCCL where the machine has a GPU for each, and
-over gloo on the CPU otherwise. Writes loss.png and result.json into demo-output/, and exits with 1
-if the curves differ by more than rounding explains.
+over gloo on the CPU otherwise. The end of the text is held out; both models' perplexity on it is
+measured with sliding windows. Writes loss.png and result.json into demo-output/, and exits with 1 if
+the curves or the perplexities differ by more than rounding explains.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import subprocess
 import sys
@@ -29,9 +31,12 @@ from rich.progress import Progress
 from torch import Tensor, fx, nn
 
 import autoshard
+from autoshard.evaluation import perplexity
 
 SEED, BATCH, LENGTH = 0, 8, 128
 END = 256  # the token between two files, beside the 256 bytes
+OVERLAP = 32  # of the windows in which the perplexity is measured
+HELD_OUT = LENGTH + 23 * (LENGTH - OVERLAP) + 1  # tokens: 24 windows
 TIMEOUT = 900.0  # seconds for the ranks
 
 # The ranks add the same float32 numbers in another order: sums differ by about 1e-7 of their size,
@@ -61,9 +66,15 @@ def read_tokens(data: Path | None) -> Tensor:
     files = [data] if data else sorted(stdlib.glob("*.py"))
     numbers = [number for file in files for number in (*file.read_bytes(), END)]
     tokens = torch.tensor(numbers)
-    if len(tokens) <= LENGTH:
-        raise SystemExit(f"{data} holds {len(tokens) - 1} bytes; the demo needs {LENGTH} or more")
+    if len(tokens) <= 2 * LENGTH:  # a quarter is held out
+        raise SystemExit(f"{data} holds {len(tokens) - 1} bytes; the demo needs {2 * LENGTH} or more")
     return tokens
+
+
+def parted(tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """What is trained on, and the end of the text, which is not."""
+    held = min(HELD_OUT, len(tokens) // 4)
+    return tokens[:-held], tokens[-held:]
 
 
 def batches(tokens: Tensor, steps: int) -> Iterator[Tensor]:
@@ -95,11 +106,17 @@ def train(model: nn.Module, tokens: Tensor, steps: int, title: str, show: bool) 
     return losses
 
 
+def evaluate(model: nn.Module, held: Tensor) -> float:
+    """Perplexity per byte of the text held out, every byte predicted once."""
+    device = next(model.parameters()).device
+    return perplexity(model.eval(), held.to(device), window=LENGTH, overlap=OVERLAP).value
+
+
 def worker(folder: Path, data: Path | None, steps: int) -> None:
     """What torchrun starts on every rank."""
     rank, tp = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     device = "cuda" if torch.cuda.device_count() >= tp else "cpu"
-    tokens = read_tokens(data)
+    tokens, held = parted(read_tokens(data))
     example = next(batches(tokens, 1))
     inputs = {"input_ids": example, "labels": example}
     model = autoshard.parallelize(build_model(), tp, inputs, degree="max", device=device)
@@ -108,10 +125,11 @@ def worker(folder: Path, data: Path | None, steps: int) -> None:
     result = {
         "losses": losses,
         "seconds": time.perf_counter() - start,
+        "layer": layer_as_code(model.graph, "transformer.h.0"),
+        "perplexity": evaluate(model, held),
         "device": str(next(model.parameters()).device),
         "elements": sum(p.to_local().numel() for p in model.parameters()),
         "plan": str(model.plan),
-        "layer": layer_as_code(model.graph, "transformer.h.0"),
     }
     (folder / f"{rank}.json").write_text(json.dumps(result))
     torch.distributed.destroy_process_group()
@@ -170,6 +188,11 @@ def same(difference: Tensor) -> bool:
     return bool((difference[:EARLY] <= BOUND_EARLY).all() and (difference <= BOUND).all())
 
 
+def same_perplexity(one: float, ranks: list[dict[str, Any]]) -> bool:
+    """Whether the ranks' is that of one process: its logarithm is a loss, and has the losses' bound."""
+    return all(abs(math.log(rank["perplexity"] / one)) <= BOUND for rank in ranks)
+
+
 def show_losses(one: list[float], split: list[float], difference: Tensor, tp: int) -> None:
     """The curves side by side."""
     console.print(f"\n[bold]losses[/]\n  step   1 process   {tp} processes   difference")
@@ -210,15 +233,17 @@ def main() -> int:
     if args.worker:
         worker(args.worker, args.data, args.steps)
         return 0
-    tokens, model = read_tokens(args.data), build_model()
+    (tokens, held), model = parted(read_tokens(args.data)), build_model()
     whole = sum(p.numel() for p in model.parameters())
     console.print(f"{type(model).__name__}, {whole:,} parameters; {len(tokens):,} bytes of text")
+    console.print(f"{len(held):,} more bytes, the end of it, are held out")
     if torch.cuda.device_count() >= args.tp:
         model.to("cuda")
     torch.set_num_threads(1)  # as each rank has
     start = time.perf_counter()
     one = train(model, tokens, args.steps, "1 process", show=True)
     seconds = time.perf_counter() - start
+    alone = evaluate(model, held)
     with tempfile.TemporaryDirectory() as folder:
         ranks = run_ranks(Path(folder), args.data, args.steps, args.tp)
     console.print("\n[bold]the plan[/]")
@@ -228,7 +253,11 @@ def main() -> int:
     split, difference = ranks[0]["losses"], differences(one, ranks)
     show_losses(one, split, difference, args.tp)
     args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "result.json").write_text(json.dumps({"one": one, "split": split}))
+    (args.out / "result.json").write_text(
+        json.dumps(
+            {"one": one, "split": split, "perplexity": [alone, *(r["perplexity"] for r in ranks)]}
+        )
+    )
     draw(one, split, args.tp, args.out / "loss.png")
     console.print("\n[bold]parameters[/]")
     for number, rank in enumerate(ranks):
@@ -238,9 +267,13 @@ def main() -> int:
     console.print(f"\ntraining took {took}")
     first = f"{difference[:EARLY].max():.1e} in the first {EARLY} steps (bound {BOUND_EARLY:.0e})"
     console.print(f"largest difference {first}, {difference.max():.1e} in all (bound {BOUND:.0e})")
-    verdict = "the same training" if same(difference) else "NOT the same training"
-    console.print(f"[bold]{verdict}[/]")
-    return 0 if same(difference) else 1
+    console.print(
+        f"perplexity per byte of the text held out, windows of {LENGTH} with {OVERLAP} of overlap: "
+        f"{alone:.5f} on one process, {ranks[0]['perplexity']:.5f} on {args.tp}"
+    )
+    right = same(difference) and same_perplexity(alone, ranks)
+    console.print(f"[bold]{'the same training' if right else 'NOT the same training'}[/]")
+    return 0 if right else 1
 
 
 if __name__ == "__main__":

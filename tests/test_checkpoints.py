@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -161,6 +162,48 @@ def test_saved_by_four_loaded_by_others(tmp_path: Path, degree: Any, later: bool
         assert_close(state_of(model, optimizer), at(saved[0]), rtol=0, atol=0)
         assert [g["weight_decay"] for g in optimizer.param_groups] == [0.1, 0.0]
         assert optimizer.param_groups[0]["betas"] == (0.9, 0.95)
+
+
+def uneven(seed: int, tp: int | None = None) -> nn.Module:
+    """The model, biases and norms drawn too; split over so many ranks."""
+    model = plain(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter))
+    if tp is None:
+        return model
+    return autoshard.parallelize(model, tp, nanogpt.inputs(model), degree="max")
+
+
+def raw(folder: str) -> dict[str, Tensor]:
+    """Save what state_dict() gives as four ranks, with PyTorch alone; load it as two and two."""
+    dcp.save(uneven(0, 4).state_dict(), checkpoint_id=folder)
+    other = uneven(1, 2)
+    state = other.state_dict()
+    dcp.load(state, checkpoint_id=folder)
+    other.load_state_dict(state)
+    assert isinstance(other, autoshard.ParallelModule)
+    return other.full_state_dict()
+
+
+@pytest.mark.slow
+def test_torchs_own_checkpoints(tmp_path: Path) -> None:
+    """torch.distributed.checkpoint of state_dict() needs nothing of this package: the fused weights,
+    the odd vocabulary and the tied weights of four ranks are in the model's order in its files."""
+    right = uneven(0).state_dict()
+    assert right["transformer.wte.weight"].shape[0] % 2
+    for found in run_distributed(raw, 4, str(tmp_path)):
+        assert_close(found, dict(right), rtol=0, atol=0)
+    for model in (uneven(1), uneven(1, 1)):
+        state = model.state_dict()
+        assert state.keys() == right.keys()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # one process, it says
+            dcp.load(state, checkpoint_id=tmp_path)
+        model.load_state_dict(state)
+        assert_close(dict(model.state_dict()), dict(right), rtol=0, atol=0)
+        tied = dict(model.named_parameters(remove_duplicate=False))
+        assert tied["lm_head.weight"] is tied["transformer.wte.weight"]
 
 
 def test_the_plain_model_saves_too(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""torch.compile of a parallel module: one graph, the same numbers, collectives that the compiler sees."""
+"""torch.compile of a parallel module: one graph, the same numbers, collectives that it sees."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def _model(kind: str, dropout: float = 0.0) -> nn.Module:
                 attn_pdrop=dropout,
                 bos_token_id=0,
                 eos_token_id=0,
-            )  # fmt: skip
+            )
         )
     return transformers.LlamaForCausalLM(
         transformers.LlamaConfig(
@@ -49,7 +49,7 @@ def _model(kind: str, dropout: float = 0.0) -> nn.Module:
             vocab_size=VOCABULARY,
             max_position_embeddings=64,
             use_cache=False,
-        )  # fmt: skip
+        )
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import operator
 import os
 import subprocess
@@ -42,7 +43,7 @@ def demo() -> ModuleType:
 def test_the_main_job(tmp_path: Path) -> None:
     """One command trains on one process and on two, shows the plan, a layer, and equal losses."""
     text = tmp_path / "text.txt"
-    text.write_bytes(bytes(range(256)) * 8)
+    text.write_bytes(bytes(range(256)) * 37)
     done = _run(tmp_path, "--steps", "4", "--data", str(text))
     assert done.returncode == 0, done.stdout + done.stderr
     for expected in (
@@ -59,6 +60,9 @@ def test_the_main_job(tmp_path: Path) -> None:
     assert len(curves["one"]) == len(curves["split"]) == 4
     assert curves["one"][-1] < curves["one"][0]
     assert curves["one"] == pytest.approx(curves["split"], abs=1e-5)
+    alone, *split = curves["perplexity"]
+    assert split == pytest.approx([alone] * 2, rel=1e-5)
+    assert 1 < alone < math.exp(curves["one"][0])
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -86,19 +90,28 @@ def test_same(demo: ModuleType, step: int, difference: float, same: bool) -> Non
     assert demo.same(curve) is same
 
 
-@pytest.mark.parametrize("loss", [3.1, float("nan")])
+@pytest.mark.parametrize(("loss", "perplexity"), [(3.1, 20.0), (float("nan"), 20.0), (3.0, 20.1)])
 def test_a_diverged_training_is_not_the_same(
-    demo: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, loss: float
+    demo: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, loss: float, perplexity: float
 ) -> None:
-    """Another curve on a later rank gives a nonzero exit code."""
+    """Another curve, or perplexity, on a later rank gives a nonzero exit code."""
     ranks: list[dict[str, Any]] = [
-        {"losses": [3.0, end], "plan": "", "layer": "", "elements": 1, "device": "", "seconds": 1}
-        for end in (3.0, loss)
-    ]
+        {"losses": [3.0, end], "plan": "", "layer": "", "elements": 1, "device": "", "seconds": 1,
+         "perplexity": value}
+        for end, value in ((3.0, 20.0), (loss, perplexity))
+    ]  # fmt: skip
     monkeypatch.setattr(demo, "train", lambda *_args, **_kwargs: [3.0, 3.0])
     monkeypatch.setattr(demo, "run_ranks", lambda *_args: ranks)
+    monkeypatch.setattr(demo, "evaluate", lambda *_args: 20.0)
     monkeypatch.setattr(sys, "argv", ["demo.py", "--out", str(tmp_path), "--steps", "2"])
     assert demo.main() == 1
+
+
+@pytest.mark.parametrize(("other", "same"), [(20.001, True), (20.1, False), (float("nan"), False)])
+def test_same_perplexity(demo: ModuleType, other: float, same: bool) -> None:
+    """Its logarithm has the losses' bound, on every rank."""
+    ranks = [{"perplexity": value} for value in (20.0, other)]
+    assert demo.same_perplexity(20.0, ranks) is same
 
 
 @pytest.mark.slow
@@ -116,8 +129,14 @@ def test_data(demo: ModuleType, tmp_path: Path) -> None:
     assert tokens[:3].tolist() == [97, 98, 99]
     assert tokens[-1] == demo.END
     assert all(map(torch.equal, demo.batches(tokens, 3), demo.batches(tokens, 3)))
-    file.write_bytes(b"abc")
-    with pytest.raises(SystemExit, match="needs 128 or more"):
+    trained, held = demo.parted(tokens)
+    assert torch.equal(torch.cat([trained, held]), tokens) and len(held) == 75
+    trained, held = demo.parted(torch.arange(100_000))
+    assert held[0] == trained[-1] + 1 and len(held) == demo.HELD_OUT == 2337
+    file.write_bytes(b"a" * 256)
+    assert len(next(demo.batches(demo.parted(demo.read_tokens(file))[0], 1))) == demo.BATCH
+    file.write_bytes(b"a" * 255)
+    with pytest.raises(SystemExit, match="needs 256 or more"):
         demo.read_tokens(file)
 
 

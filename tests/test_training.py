@@ -253,7 +253,7 @@ def hybrid_batches(rows: slice) -> Iterator[dict[str, Tensor]]:
 
 
 def hybrid(folder: str, how: str) -> dict[str, Any]:
-    """FSDP2 or copies over dp beside tp: gradients of all four rows, clipped; saved, loaded, gone on."""
+    """FSDP2 or copies over dp beside tp: gradients of all four rows; saved, loaded, gone on."""
     batch = next(batches(1))
     rows, found = slice(None), {}
     for round_ in ("first", "second"):
