@@ -1,8 +1,8 @@
 """Outline: what each repeated layer of the model computes becomes one call of that layer.
 
 The captured graph is flat. Hooks on a layer, ``fully_shard`` of it and compilation of one layer at a
-time need a call of a module that holds the layer's parameters. A layer is the first numbered module on a
-path (``transformer.h.0``); its calls are the runs of consecutive nodes that were traced in it. A
+time need a call of a module that holds the layer's parameters. A layer is the first numbered module on
+a path (``transformer.h.0``); its calls are the runs of consecutive nodes that were traced in it. A
 parameter that is used in its own layer alone is taken by the layer, every other value is an operand.
 
 Before (layer 0 of GPT-2, at degree 2)::
@@ -17,8 +17,8 @@ After::
     add_7 = ops.call_layer(transformer_h_0, layer_0, ('ln_1.weight', ...), dropout, expand, tp1, tp2)
     add_14 = ops.call_layer(transformer_h_1, layer_1, ('ln_1.weight', ...), add_7, expand, tp1, tp2)
 
-with the nodes from ``layer_norm`` to ``add_7`` in the graph ``layer_0``. No value changes, nor the order
-in which values are computed: ``proof/layered.py`` puts the layers back and compares.
+with the nodes from ``layer_norm`` to ``add_7`` in the graph ``layer_0``. No value changes, nor the
+order in which values are computed: ``proof/layered.py`` puts the layers back and compares.
 """
 
 from __future__ import annotations
