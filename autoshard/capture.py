@@ -15,8 +15,8 @@ import io
 import itertools
 import logging
 import warnings
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -33,6 +33,7 @@ from autoshard.analysis import CHECKPOINT
 from autoshard.autograd_functions import kept, lost_in_strict
 from autoshard.compat import autograd_functions_inlined, checkpoints_entered, without_modes
 from autoshard.errors import CaptureError
+from autoshard.layouts import Layout
 
 SMALL = 2**16  # elements
 DROPOUTS = (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout)
@@ -50,6 +51,7 @@ class Captured:
         inputs: placeholders of the tensor inputs, in pytree order; None where an input is no tensor.
         out_spec: how the flat outputs are put together.
         holds: raises where the graph does not hold for these flat inputs (shapes, constants).
+        held: input placeholder -> (dimension, layout, degree), where the caller gives a rank its share.
     """
 
     graph: fx.Graph
@@ -59,6 +61,7 @@ class Captured:
     inputs: tuple[str, ...]
     out_spec: pytree.TreeSpec
     holds: Callable[[list[Any]], None]
+    held: Mapping[str, tuple[int, Layout, int]] = field(default_factory=dict)
 
     @property
     def differentiable(self) -> set[str]:
@@ -112,8 +115,9 @@ def capture(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
             captured; names the layer and the source line.
     """
     huggingface.register_outputs(model)
-    # One tensor given twice (labels = input_ids) would become one input.
-    args, kwargs = pytree.tree_map_only(Tensor, torch.clone, (args, kwargs))
+    # One tensor given twice (labels = input_ids) would become one input. Values are not looked at: an
+    # empty tensor of any size takes no memory until it is written to.
+    args, kwargs = pytree.tree_map_only(Tensor, torch.empty_like, (args, kwargs))
     shapes = pytree.tree_map(_symbolic, (args, kwargs))
     with contextlib.ExitStack() as around:
         around.enter_context(_named_arguments(model, kwargs))

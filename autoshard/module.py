@@ -13,19 +13,20 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor
 from torch.utils import _pytree as pytree
 
+from autoshard import caches, weights
 from autoshard import parameters as stored_parameters
-from autoshard import weights
 from autoshard.agreement import InputCheck
+from autoshard.caches import Counters, Given, Traced
 from autoshard.capture import Captured, hollowed, tied_names
 from autoshard.capture import skeleton as make_skeleton
 from autoshard.errors import AutoshardError
 from autoshard.finite import FiniteWatch
-from autoshard.groups import ProcessGroupComm
 from autoshard.huggingface import body_prefix
 from autoshard.inputs import normalized_inputs
+from autoshard.lines import Lines
 from autoshard.mesh import Mesh
 from autoshard.parameters import Stored
 from autoshard.pipeline import Program, analyse, rewrite
@@ -34,7 +35,7 @@ from autoshard.progress import each
 from autoshard.rank import place_on, placeholder_values, rank_module
 from autoshard.replay import Subject, verify_ranks
 from autoshard.replicas import check_replicas
-from autoshard.sharded import Sharded, SplitOutput
+from autoshard.sharded import Sharded
 from autoshard.verification import Report, output_names
 from autoshard.weights import Slot
 
@@ -48,6 +49,7 @@ class Compiled:
     program: Program
     sharded: Sharded
     module: fx.GraphModule
+    traced: Traced
 
     @property
     def captured(self) -> Captured:
@@ -83,6 +85,8 @@ class ParallelModule(nn.Module):
         self.__dict__["_skeleton"] = skeleton
         self.__dict__["_mesh"] = mesh
         self.__dict__["_input_check"] = InputCheck(check_inputs, skeleton.forward, mesh)
+        self._lines = Lines(mesh)
+        self._counters: Counters = set()
         self.plan = plan
         self.logits = logits
         self._checkpoint = checkpoint
@@ -96,7 +100,7 @@ class ParallelModule(nn.Module):
         self._hold(skeleton, tensors)
         self.train(skeleton.training)
         self._last = self._bind(program, sharded)
-        self._compiled[self._key(*example)[0]] = [self._last]
+        self._compiled[self._key(Given(*example))[0]] = [self._last]
         self.register_state_dict_post_hook(_to_state)  # type: ignore[no-untyped-call]
         self.register_load_state_dict_pre_hook(_from_state)  # type: ignore[no-untyped-call]
 
@@ -137,12 +141,17 @@ class ParallelModule(nn.Module):
                 f"{min(self._empty)} and {len(self._empty) - 1} other parameters have no values: the "
                 "model was built on the meta device; call load_weights or init_weights"
             )
-        key, flat = self._key(args, kwargs)
+        given = caches.opened(args, kwargs, self._counters)
+        key, flat = self._key(given)
         known = self._known(key, flat)
-        self.__dict__["_input_check"](known, args, kwargs, self.training)
-        compiled = self._find(key, flat, args, kwargs, known)
+        self.__dict__["_input_check"](known, given.args, given.kwargs, self.training)
+        compiled = self._find(key, flat, given, known)
+        if compiled.traced.learnt:  # what counts enters as a size, not as a constant
+            self._counters.update(compiled.traced.learnt)
+            return self.forward(*args, **kwargs)
+        inputs = [self._lines.enter(x) if isinstance(x, DTensor) else x for x in flat]
         values = placeholder_values(
-            compiled.sharded, compiled.captured, self._local(compiled), self._whole_buffers(), flat
+            compiled.sharded, compiled.captured, self._local(compiled), self._whole_buffers(), inputs
         )
         watch: FiniteWatch | None = self.__dict__.get("_watch")
         if watch is None:
@@ -150,10 +159,12 @@ class ParallelModule(nn.Module):
         else:
             results = watch.run(self._flat(compiled), compiled.captured.parameters, values)
         outputs = [
-            result if split is None else self._split_output(result, split)
+            result if split is None else self._lines.leave(result, split)
             for result, split in zip(results, compiled.sharded.outputs, strict=True)
         ]
-        return pytree.tree_unflatten(outputs, compiled.captured.out_spec)
+        mesh: Mesh = self.__dict__["_mesh"]
+        result = pytree.tree_unflatten(outputs, compiled.captured.out_spec)
+        return caches.closed(compiled.traced, given, result, mesh.device) if given.caches else result
 
     def load_weights(self, path: str | Path, strict: bool = True) -> tuple[str, ...]:
         """Read parameters and buffers from safetensors, each rank its rows; every rank calls it.
@@ -340,8 +351,9 @@ class ParallelModule(nn.Module):
         )  # fmt: skip
         last = self._last
         try:
-            key, flat = self._key(args, kwargs)  # what has to be captured is captured as for a step
-            self._find(key, flat, args, kwargs, self._known(key, flat))
+            given = caches.opened(args, kwargs, self._counters)
+            key, flat = self._key(given)  # what has to be captured is captured as for a step
+            self._find(key, flat, given, self._known(key, flat))
             return verify_ranks(subject, args, kwargs, torch.device(device or mesh.device))
         finally:
             self.__dict__["_last"] = last
@@ -351,7 +363,7 @@ class ParallelModule(nn.Module):
         copied: ParallelModule = type(self).__new__(type(self))
         memo[id(self)] = copied
         shared: dict[str, Any] = {
-            "_lines": self.__dict__.get("_lines", {}),
+            "_lines": self._lines,
             "_skeleton": make_skeleton(self.__dict__["_skeleton"]),
             "_mesh": self.__dict__["_mesh"],
             "_compiled": {key: list(graphs) for key, graphs in self._compiled.items()},
@@ -386,10 +398,10 @@ class ParallelModule(nn.Module):
             persistent = last not in owner._non_persistent_buffers_set
             module.register_buffer(last, made[first], persistent=persistent)
 
-    def _key(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, list[Any]]:
+    def _key(self, given: Given) -> tuple[Any, list[Any]]:
         """What a graph is captured for, shapes aside, and the flat inputs."""
-        flat, spec = pytree.tree_flatten((args, kwargs))
-        return (spec, self.training, tuple(_kind(leaf) for leaf in flat)), flat
+        flat, spec = pytree.tree_flatten((given.args, given.kwargs))
+        return (spec, given.forms, self.training, tuple(_kind(leaf) for leaf in flat)), flat
 
     def _slots(self) -> dict[str, Slot]:
         """Every parameter's and buffer's memory on this rank."""
@@ -417,22 +429,26 @@ class ParallelModule(nn.Module):
         return self._fits[place]
 
     def _find(
-        self, key: Any, flat: list[Any], args: tuple[Any, ...], kwargs: Any, known: Compiled | None
+        self, key: Any, flat: list[Any], given: Given, known: Compiled | None
     ) -> Compiled:
         if known is None:
-            known = self._capture(args, kwargs)
+            known = self._capture(given)
             self._compiled.setdefault(key, []).append(known)
             self._fits[key, _shapes(flat)] = known
         self.__dict__["_last"] = known
         return known
 
-    def _capture(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Compiled:
+    def _capture(self, given: Given) -> Compiled:
         """Capture again for another signature; the parameters stay as they lie."""
         skeleton: nn.Module = self.__dict__["_skeleton"]
         skeleton.train(self.training)
-        args, kwargs = pytree.tree_map_only(Tensor, lambda t: t.detach().to("cpu"), (args, kwargs))
-        program = analyse(skeleton, args, kwargs, self.plan.tp)
-        keep = outputs_to_keep(program, self.training, self.logits)
+        flat = pytree.tree_leaves((given.args, given.kwargs))
+        held = {i: self._lines.stored(x) for i, x in enumerate(flat) if isinstance(x, DTensor)}
+        shares = {i: share for i, share in held.items() if share is not None}
+        args, kwargs = pytree.tree_map_only(Tensor, _example, (given.args, given.kwargs))
+        with caches.traced(skeleton, given, self._counters) as found:
+            program = analyse(skeleton, args, kwargs, self.plan.tp, held=shares)
+        keep = outputs_to_keep(program, self.training, self.logits, found)
         degrees = {
             r.name: self.plan.degrees.get(r.name, _tied_degree(self.plan, program, r.name))
             for c in program.analysis.candidates for r in c.regions
@@ -448,15 +464,15 @@ class ParallelModule(nn.Module):
                     f"{_in_words(lying.get(name))}: pass inputs like them as example_inputs= to "
                     "parallelize, or give its region degree 1"
                 )
-        return self._bind(program, sharded)
+        return self._bind(program, sharded, found)
 
-    def _bind(self, program: Program, sharded: Sharded) -> Compiled:
+    def _bind(self, program: Program, sharded: Sharded, found: Traced | None = None) -> Compiled:
         mesh: Mesh = self.__dict__["_mesh"]
         place_on(sharded, mesh.device)
         program.captured.constants.update(
             {n: t.to(mesh.device) for n, t in program.captured.constants.items()}
         )
-        return Compiled(program, sharded, rank_module(sharded, mesh.group))
+        return Compiled(program, sharded, rank_module(sharded, mesh.group), found or Traced())
 
     def _flat(self, compiled: Compiled) -> fx.GraphModule:
         """The graph with nothing computed again: the same values, each to be looked at once."""
@@ -464,26 +480,6 @@ class ParallelModule(nn.Module):
             return compiled.module
         mesh: Mesh = self.__dict__["_mesh"]
         return rank_module(compiled.sharded, mesh.group, flat=True)
-
-    def _split_output(self, share: Tensor, split: SplitOutput) -> Tensor:
-        mesh: Mesh = self.__dict__["_mesh"]
-        shape = torch.Size([*share.shape[: split.dim], split.size, *share.shape[split.dim + 1 :]])
-        stride = torch.empty(shape, device="meta").stride()
-        return DTensor.from_local(
-            share, self._line(split.degree, mesh), [Shard(split.dim)], run_check=False,
-            shape=shape, stride=stride,
-        )  # fmt: skip
-
-    def _line(self, degree: int, mesh: Mesh) -> DeviceMesh:
-        """The one-dimensional mesh of the ranks that share a split."""
-        if mesh.tp_mesh is not None and mesh.tp_mesh.ndim == 1 and degree == mesh.tp:
-            return mesh.tp_mesh
-        lines: dict[int, DeviceMesh] = self.__dict__.setdefault("_lines", {})
-        if degree not in lines:
-            group = mesh.group(degree)
-            assert isinstance(group, ProcessGroupComm)
-            lines[degree] = DeviceMesh.from_group(group.process_group, mesh.device.type)
-        return lines[degree]
 
     def _apply(self, fn: Any, recurse: bool = True) -> ParallelModule:
         before = {n: p.dtype for n, p in self.named_parameters()}
@@ -505,8 +501,14 @@ class ParallelModule(nn.Module):
         yield from self.named_buffers(remove_duplicate=False)
 
 
-def outputs_to_keep(program: Program, training: bool, logits: str) -> tuple[int, ...]:
-    """The flat outputs that leave as shares: beside a loss in train mode, nobody reads them whole."""
+def outputs_to_keep(
+    program: Program, training: bool, logits: str, found: Traced | None = None
+) -> tuple[int, ...]:
+    """The flat outputs that leave as shares.
+
+    Beside a loss in train mode, nobody reads them whole. Caches that a call in eval mode is given hold
+    a rank's heads only: the next call takes them as they are.
+    """
     output = next(n for n in reversed(program.analysis.graph.nodes) if n.op == "output")
     values = list(output.args[0])
     loss = any(
@@ -515,7 +517,7 @@ def outputs_to_keep(program: Program, training: bool, logits: str) -> tuple[int,
     )
     if logits == "sharded" or (logits == "auto" and training and loss):
         return tuple(range(len(values)))
-    return ()
+    return () if found is None or training or logits == "whole" else caches.positions(found)
 
 
 def plan_hash(plan: Plan, sharded: Sharded | None = None) -> str:
@@ -557,7 +559,16 @@ def _shapes(flat: list[Any]) -> tuple[tuple[int, ...] | None, ...]:
     return tuple(tuple(x.shape) if isinstance(x, Tensor) else None for x in flat)
 
 
+def _example(given: Tensor) -> Tensor:
+    """What a graph is captured with: no values are read, so none are gathered."""
+    if isinstance(given, DTensor):
+        return torch.empty(given.shape, dtype=given.dtype)
+    return given.detach().to("cpu")
+
+
 def _kind(leaf: Any) -> Any:
+    if isinstance(leaf, DTensor):
+        return leaf.dtype, leaf.dim(), leaf.placements, leaf.device_mesh
     return (leaf.dtype, leaf.dim()) if isinstance(leaf, Tensor) else (type(leaf), leaf)
 
 

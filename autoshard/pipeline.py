@@ -7,7 +7,7 @@ capture -> inline -> functionalize -> normalize -> assign_axes -> match
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch import fx, nn
 
 from autoshard.analysis import Analysis
 from autoshard.capture import Captured, capture
+from autoshard.parameters import Stored
 from autoshard.passes.assign_axes import assign_axes
 from autoshard.passes.assign_degrees import Request
 from autoshard.passes.checkpoint import checkpoint
@@ -54,6 +55,7 @@ def analyse(
     kwargs: dict[str, Any],
     tp: int,
     edit: Callable[[fx.Graph], None] | None = None,
+    held: Mapping[int, Stored] | None = None,
 ) -> Program:
     """Capture a model and find what can be split.
 
@@ -62,8 +64,9 @@ def analyse(
         args, kwargs: example inputs, on the CPU.
         tp: ranks.
         edit: a function applied to the captured graph first (verification turns dropout off).
+        held: number of a flat input -> how it is split, where a rank is given its share of it.
     """
-    return next(analyse_each(model, args, kwargs, (tp,), edit))
+    return next(analyse_each(model, args, kwargs, (tp,), edit, held))
 
 
 def analyse_each(
@@ -72,11 +75,14 @@ def analyse_each(
     kwargs: dict[str, Any],
     tps: Sequence[int],
     edit: Callable[[fx.Graph], None] | None = None,
+    held: Mapping[int, Stored] | None = None,
 ) -> Iterator[Program]:
     """Capture a model once, and find what can be split over several numbers of ranks."""
     seconds: dict[str, float] = {}
     with Stages(seconds, ("capture",)) as stages, stages.stage("capture"):
         captured = capture(model, args, kwargs)
+    if held:
+        captured = replace(captured, held={captured.inputs[i]: share for i, share in held.items()})
     if edit is not None:
         edit(captured.graph)
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
@@ -99,14 +105,14 @@ def _analysed(
             graph = functionalize(graph, captured.parameters)
             graph = normalize(graph, captured.parameters, captured.constants)
         with stages.stage("axes"):
-            axes = assign_axes(graph, captured.parameters, captured.inputs)
+            axes = assign_axes(graph, captured.parameters, captured.inputs, captured.held)
             norms = decompose_norms(graph, axes) if tp > 1 else []
             if norms:
-                axes = assign_axes(graph, captured.parameters, captured.inputs)
+                axes = assign_axes(graph, captured.parameters, captured.inputs, captured.held)
         with stages.stage("match"):
             candidates = match(graph, axes, tp)
             if fuse_unsplit(graph, norms, axes, candidates, tp):
-                axes = assign_axes(graph, captured.parameters, captured.inputs)
+                axes = assign_axes(graph, captured.parameters, captured.inputs, captured.held)
                 candidates = match(graph, axes, tp)
             candidates = match_alone(graph, axes, tp, candidates)
     return Analysis(graph, axes, candidates, captured.parameters, shapes)
@@ -137,14 +143,14 @@ def rewrite(
             sharded = shard(analysis.graph, analysis.axes, assignment, keep_split)
             sharded = checkpoint(sharded, layers_again)
         with stages.stage("prove"):
-            prove(analysis.graph, sharded, _differentiable(analysis))
+            prove(analysis.graph, sharded, _differentiable(analysis), program.captured.held)
     return plan, sharded
 
 
 def held_by_ranks(program: Program, sharded: Sharded) -> dict[str, Held]:
     """What each rank holds of every tensor of the rank's graph, as the proof finds it."""
     analysis = program.analysis
-    return placements(analysis.graph, sharded, _differentiable(analysis))
+    return placements(analysis.graph, sharded, _differentiable(analysis), program.captured.held)
 
 
 def _differentiable(analysis: Analysis) -> set[str]:
