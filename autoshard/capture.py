@@ -15,6 +15,7 @@ import io
 import itertools
 import logging
 import warnings
+from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -36,6 +37,7 @@ from autoshard.errors import CaptureError
 from autoshard.layouts import Layout
 
 SMALL = 2**16  # elements
+BUILTINS = (dict, OrderedDict, defaultdict)
 DROPOUTS = (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout)
 
 
@@ -118,7 +120,7 @@ def capture(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     # One tensor given twice (labels = input_ids) would become one input. Values are not looked at: an
     # empty tensor of any size takes no memory until it is written to.
     args, kwargs = pytree.tree_map_only(Tensor, torch.empty_like, (args, kwargs))
-    shapes = pytree.tree_map(_symbolic, (args, kwargs))
+    shapes = _symbolic((args, kwargs))
     with contextlib.ExitStack() as around:
         around.enter_context(_named_arguments(model, kwargs))
         around.enter_context(_quiet())
@@ -236,9 +238,16 @@ def _marked(graph: fx.Graph) -> None:
 
 
 def _symbolic(value: Any) -> Any:
+    """Every dimension symbolic. For a class that is no plain container ``torch.export`` takes a list."""
     if isinstance(value, Tensor):
         return dict.fromkeys(range(value.dim()), torch.export.Dim.AUTO)
-    return None
+    if isinstance(value, dict) and type(value) in BUILTINS:
+        return {key: _symbolic(item) for key, item in value.items()}
+    node = pytree.SUPPORTED_NODES.get(type(value))
+    if node is None:
+        return None
+    found = [_symbolic(item) for item in node.flatten_fn(value)[0]]
+    return tuple(found) if isinstance(value, tuple) else found
 
 
 def _by_name(model: nn.Module, shapes: tuple[Any, Any]) -> Any:
@@ -282,6 +291,26 @@ def _named_arguments(model: nn.Module, kwargs: dict[str, Any]) -> Iterator[None]
             model.forward = forward
         else:
             del model.__dict__["forward"]
+
+
+@contextlib.contextmanager
+def alone(model: nn.Module, part: str | None) -> Iterator[None]:
+    """Inside, the model's forward is that of the part of it that its method ``part`` gives."""
+    if part is None:
+        yield
+        return
+    inner = getattr(model, part)()
+    assert "forward" not in model.__dict__
+
+    @functools.wraps(inner.forward)
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return inner(*args, **kwargs)
+
+    model.forward = forward
+    try:
+        yield
+    finally:
+        del model.__dict__["forward"]
 
 
 @contextlib.contextmanager

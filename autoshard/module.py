@@ -20,7 +20,7 @@ from autoshard import caches, weights
 from autoshard import parameters as stored_parameters
 from autoshard.agreement import InputCheck
 from autoshard.caches import Counters, Given, Traced
-from autoshard.capture import Captured, hollowed, tied_names
+from autoshard.capture import Captured, alone, hollowed, tied_names
 from autoshard.capture import skeleton as make_skeleton
 from autoshard.errors import AutoshardError
 from autoshard.finite import FiniteWatch
@@ -135,20 +135,59 @@ class ParallelModule(nn.Module):
         return value
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The model's forward: the same inputs, the same outputs, the same names."""
+        """The model's forward: the same inputs, the same outputs, the same names.
+
+        A ``transformers.Cache`` among the inputs is changed as the model changes it; in eval mode its
+        tensors become DTensors that hold the heads of this rank.
+        """
+        return self.run(None, args, kwargs)
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """A Hugging Face model's own ``generate``; every rank calls it, with the same seed.
+
+        Raises:
+            AttributeError: the model has none.
+            RanksDifferError: the ranks chose different tokens.
+            AutoshardError: an option that the ranks cannot serve.
+        """
+        from autoshard import generation
+
+        return generation.generate(self, self.__dict__["_skeleton"], *args, **kwargs)
+
+    @property
+    def device(self) -> torch.device:
+        """Where this rank's parameters lie."""
+        mesh: Mesh = self.__dict__["_mesh"]
+        return mesh.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the first floating parameter, as ``transformers`` says it of a model."""
+        found = (p.dtype for p in self.parameters() if p.is_floating_point())
+        return next(found, torch.get_default_dtype())
+
+    def agree_on(self, tokens: Tensor) -> None:
+        """Raise RanksDifferError on every rank where the ranks of the group have other tokens."""
+        self.__dict__["_input_check"].agree_on(tokens)
+
+    def run(self, part: str | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The forward; or that of a part of the model alone, which its method ``part`` gives.
+
+        A part is a program of its own, on the parameters as they lie.
+        """
         if self._empty:
             raise AutoshardError(
                 f"{min(self._empty)} and {len(self._empty) - 1} other parameters have no values: the "
                 "model was built on the meta device; call load_weights or init_weights"
             )
         given = caches.opened(args, kwargs, self._counters)
-        key, flat = self._key(given)
+        key, flat = self._key(given, part)
         known = self._known(key, flat)
         self.__dict__["_input_check"](known, given.args, given.kwargs, self.training)
-        compiled = self._find(key, flat, given, known)
+        compiled = self._find(key, flat, given, known, part)
         if compiled.traced.learnt:  # what counts enters as a size, not as a constant
             self._counters.update(compiled.traced.learnt)
-            return self.forward(*args, **kwargs)
+            return self.run(part, args, kwargs)
         inputs = [self._lines.enter(x) if isinstance(x, DTensor) else x for x in flat]
         values = placeholder_values(
             compiled.sharded, compiled.captured, self._local(compiled), self._whole_buffers(), inputs
@@ -398,10 +437,10 @@ class ParallelModule(nn.Module):
             persistent = last not in owner._non_persistent_buffers_set
             module.register_buffer(last, made[first], persistent=persistent)
 
-    def _key(self, given: Given) -> tuple[Any, list[Any]]:
+    def _key(self, given: Given, part: str | None = None) -> tuple[Any, list[Any]]:
         """What a graph is captured for, shapes aside, and the flat inputs."""
         flat, spec = pytree.tree_flatten((given.args, given.kwargs))
-        return (spec, given.forms, self.training, tuple(_kind(leaf) for leaf in flat)), flat
+        return (part, spec, given.forms, self.training, tuple(_kind(leaf) for leaf in flat)), flat
 
     def _slots(self) -> dict[str, Slot]:
         """Every parameter's and buffer's memory on this rank."""
@@ -429,16 +468,16 @@ class ParallelModule(nn.Module):
         return self._fits[place]
 
     def _find(
-        self, key: Any, flat: list[Any], given: Given, known: Compiled | None
+        self, key: Any, flat: list[Any], given: Given, known: Compiled | None, part: str | None = None
     ) -> Compiled:
         if known is None:
-            known = self._capture(given)
+            known = self._capture(given, part)
             self._compiled.setdefault(key, []).append(known)
             self._fits[key, _shapes(flat)] = known
         self.__dict__["_last"] = known
         return known
 
-    def _capture(self, given: Given) -> Compiled:
+    def _capture(self, given: Given, part: str | None = None) -> Compiled:
         """Capture again for another signature; the parameters stay as they lie."""
         skeleton: nn.Module = self.__dict__["_skeleton"]
         skeleton.train(self.training)
@@ -446,7 +485,7 @@ class ParallelModule(nn.Module):
         held = {i: self._lines.stored(x) for i, x in enumerate(flat) if isinstance(x, DTensor)}
         shares = {i: share for i, share in held.items() if share is not None}
         args, kwargs = pytree.tree_map_only(Tensor, _example, (given.args, given.kwargs))
-        with caches.traced(skeleton, given, self._counters) as found:
+        with alone(skeleton, part), caches.traced(skeleton, given, self._counters) as found:
             program = analyse(skeleton, args, kwargs, self.plan.tp, held=shares)
         keep = outputs_to_keep(program, self.training, self.logits, found)
         degrees = {
