@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import sympy
 import torch
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensor
@@ -385,39 +386,44 @@ def _guards(
 
     Symbols are read off the first dimension that is one symbol; every other dimension must agree.
     """
-    expected: list[tuple[str, Any]] = []
-    for node in graph.nodes:
-        if node.op == "placeholder" and node.name in inputs:
-            expected.append((node.name, node.meta.get("val")))
+    values = [
+        (node.name, node.meta.get("val"))
+        for node in graph.nodes if node.op == "placeholder" and node.name in inputs
+    ]  # fmt: skip
+    # Read once: a model that generates comes here with every token.
+    expected: list[tuple[str, torch.dtype, list[Any]] | None] = [
+        (name, value.dtype, [s if isinstance(s, int) else s.node.expr for s in value.shape])
+        if isinstance(value, Tensor) else None
+        for name, value in values
+    ]  # fmt: skip
     ranges = {str(symbol): bounds for symbol, bounds in program.range_constraints.items()}
-    extra = _shape_guards(expected)
+    extra = tuple(dict.fromkeys(_shape_guards(values)))
 
     def holds(flat: list[Any]) -> None:
-        symbols: dict[Any, int] = {}
-        pending: list[tuple[str, Any, int]] = []
-        for (name, value), given in zip(expected, flat, strict=True):
-            if not isinstance(value, Tensor):
+        symbols: dict[Any, sympy.Integer] = {}
+        pending: dict[tuple[Any, int], str] = {}
+        for wanted, given in zip(expected, flat, strict=True):
+            if wanted is None:
                 continue
-            if given.dim() != value.dim() or given.dtype != value.dtype:
+            name, dtype, shape = wanted
+            if given.dim() != len(shape) or given.dtype != dtype:
                 raise ValueError(f"{name} is {given.dtype} of rank {given.dim()}")
-            for size, actual in zip(value.shape, given.shape, strict=True):
+            for size, actual in zip(shape, given.shape, strict=True):
                 if isinstance(size, int):
                     if size != actual:
                         raise ValueError(f"{name} has {actual}, captured for {size}")
-                    continue
-                expression = size.node.expr
-                if expression.is_Symbol and expression not in symbols:
-                    symbols[expression] = actual
-                    bounds = ranges.get(str(expression))
+                elif size.is_Symbol and size not in symbols:
+                    symbols[size] = sympy.Integer(actual)
+                    bounds = ranges.get(str(size))
                     if bounds is not None and not bounds.lower <= actual <= bounds.upper:
                         raise ValueError(f"{name} has {actual}, captured for {bounds}")
                 else:
-                    pending.append((name, expression, actual))
-        for name, expression, actual in pending:
-            if int(expression.subs(symbols)) != actual:
+                    pending[size, actual] = name
+        for (expression, actual), name in pending.items():
+            if int(expression.xreplace(symbols)) != actual:
                 raise ValueError(f"{name} has {actual}, captured for {expression}")
         for guard in extra:
-            value = guard.subs(symbols)
+            value = guard.xreplace(symbols)
             if value == False:  # noqa: E712  (a sympy truth value)
                 raise ValueError(f"the graph holds for {guard} only")
 

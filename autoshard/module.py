@@ -39,6 +39,7 @@ from autoshard.sharded import Sharded
 from autoshard.verification import Report, output_names
 from autoshard.weights import Slot
 
+KEPT = 4096  # shapes of which it is kept which graph holds for them
 LOGITS = ("auto", "whole", "sharded")
 
 
@@ -464,6 +465,8 @@ class ParallelModule(nn.Module):
             known = next(fitting, None)
             if known is None:
                 return None
+            if len(self._fits) >= KEPT:
+                self._fits.clear()
             self._fits[place] = known
         return self._fits[place]
 
