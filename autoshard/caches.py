@@ -1,21 +1,21 @@
 """Caches of keys and values on their way through a graph.
 
-A graph takes tensors and gives tensors; a Hugging Face ``Cache`` is an object that a forward changes. So
-a call that is given caches is captured on what is in them: each cache is taken apart into its tensors,
-in the order in which they stand in it, and its *form*, all that is no tensor, which belongs to what the
-graph is captured for. While the forward is traced the cache is put together again around the traced
-tensors; what it holds afterwards leaves the graph as outputs, and is put back into the caller's object.
+A graph takes tensors and gives tensors; a Hugging Face ``Cache`` is an object that a forward changes.
+So a call that is given caches is captured on what is in them: each cache is taken apart into its
+tensors, in the order in which they stand in it, and its *form*, all that is no tensor, which belongs to
+what the graph is captured for. While the forward is traced the cache is put together again around the
+traced tensors; what it holds afterwards leaves the graph as outputs, and goes into the caller's object.
 
 Some caches count: a layer with a sliding window knows how many tokens it has seen. A number that a
-forward changes would be another form after every token. Once seen to change it is a *counter*: it enters
-the graph as the size of an empty tensor of shape ``[n, 0]``, which is symbolic.
+forward changes would be another form after every token. Once seen to change it is a *counter*: it
+enters the graph as the size of an empty tensor of shape ``[n, 0]``, which is symbolic.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
@@ -87,7 +87,11 @@ class Apart:
 
 
 def together(
-    form: Form, tensors: Sequence[Tensor], numbers: Sequence[Any], device: torch.device, into: Any = None
+    form: Form,
+    tensors: Sequence[Tensor],
+    numbers: Sequence[Any],
+    device: torch.device,
+    into: Any = None,
 ) -> Any:
     """The object of a form around these tensors and numbers.
 
@@ -136,6 +140,7 @@ class Given:
         args, kwargs: a list of tensors where a cache was: its own, then one of shape ``[n, 0]`` for
             each of its counters.
         forms: of the caches, in order; what a graph is captured for beside the tensors.
+        counts: tensors of each cache, its counters not included.
         caches: the caller's objects.
         outer: how arguments are put together, each cache one leaf.
         places: which leaves are caches.
@@ -162,8 +167,8 @@ def opened(args: tuple[Any, ...], kwargs: dict[str, Any], counters: Counters) ->
         cache = leaves[place]
         if getattr(cache, "is_compileable", False):
             raise AutoshardError(
-                f"{type(cache).__name__} has room for its longest sequence from the start, and would be "
-                "copied for every token: pass a DynamicCache, or leave cache_implementation out"
+                f"{type(cache).__name__} has room for its longest sequence from the start, and would "
+                "be copied for every token: pass a DynamicCache, or leave cache_implementation out"
             )
         apart = Apart(counters)
         forms.append(apart.form(cache))
@@ -216,7 +221,7 @@ def traced(model: nn.Module, given: Given, counters: Counters) -> Iterator[Trace
         again, named = pytree.tree_unflatten(leaves, outer)
         before = [_fixed(cache, counters) for cache in caches]
         result = forward(*again, **named)
-        return found_after(found, result, caches, before, counters)
+        return _after(found, result, caches, before, counters)
 
     own = "forward" in model.__dict__
     model.forward = inner
@@ -239,7 +244,7 @@ def _fixed(cache: Any, counters: Counters) -> dict[str, tuple[tuple[type, str], 
     return apart.fixed
 
 
-def found_after(
+def _after(
     found: Traced, result: Any, caches: list[Any], before: list[Any], counters: Counters
 ) -> list[Any]:
     """Note what the caches are after a forward, and give their contents and the rest of its result."""
@@ -270,7 +275,8 @@ def found_after(
 
 def positions(found: Traced) -> tuple[int, ...]:
     """The flat outputs of a traced forward that are tensors of caches."""
-    result, place = [], 0
+    result: list[int] = []
+    place = 0
     for tensors, numbers in found.counts:
         result += range(place, place + tensors)
         place += tensors + numbers
@@ -290,6 +296,3 @@ def closed(found: Traced, given: Given, outputs: list[Any], device: torch.device
     count = found.outer.num_leaves
     leaves = [every[found.caches[i]] if i in found.caches else next(rest) for i in range(count)]
     return pytree.tree_unflatten(leaves, found.outer)
-
-
-Closing: TypeAlias = Callable[[Given, list[Any]], Any]

@@ -239,7 +239,7 @@ def _marked(graph: fx.Graph) -> None:
 
 
 def _symbolic(value: Any) -> Any:
-    """Every dimension symbolic. For a class that is no plain container ``torch.export`` takes a list."""
+    """Every dimension symbolic; a list, as ``torch.export`` has it, for what is no plain container."""
     if isinstance(value, Tensor):
         return dict.fromkeys(range(value.dim()), torch.export.Dim.AUTO)
     if isinstance(value, dict) and type(value) in BUILTINS:

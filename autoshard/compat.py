@@ -162,7 +162,8 @@ def as_dtensor(
     share: Tensor, mesh: DeviceMesh, placements: Sequence[Placement], shape: torch.Size
 ) -> Tensor:
     """``DTensor.from_local`` of contiguous true shape, unchecked."""
-    stride, size = [], 1
+    stride: list[int] = []
+    size = 1
     for n in reversed(shape):
         stride.insert(0, size)
         size *= max(n, 1)
@@ -171,7 +172,7 @@ def as_dtensor(
             share, mesh, placements, run_check=False, shape=shape, stride=tuple(stride)
         )
     meta = TensorMeta(shape, tuple(stride), share.dtype)
-    return DTensor(share, DTensorSpec(mesh, tuple(placements), meta), requires_grad=False)  # type: ignore[no-any-return]
+    return DTensor(share, DTensorSpec(mesh, tuple(placements), meta), requires_grad=False)
 
 
 def subgroup(ranks: list[int], device: torch.device) -> dist.ProcessGroup:

@@ -18,7 +18,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -26,15 +26,35 @@ from torch.distributed.tensor.experimental import implicit_replication
 
 from autoshard.errors import AutoshardError
 
-if TYPE_CHECKING:
-    from autoshard.module import ParallelModule
-
 # What makes another loop than the model's own around more models or other caches.
 REFUSED = ("assistant_model", "custom_generate", "negative_prompt_ids")
 CACHES = (None, "dynamic")
 
 
-def generate(module: ParallelModule, skeleton: Any, *args: Any, **kwargs: Any) -> Any:
+class Parallel(Protocol):
+    """What is needed of a parallel module."""
+
+    training: bool
+
+    @property
+    def device(self) -> torch.device:
+        """Of this rank's parameters."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the parameters."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The forward."""
+
+    def run(self, part: str | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The forward of a part of the model."""
+
+    def agree_on(self, tokens: Tensor) -> None:
+        """Raise where the ranks have other tokens."""
+
+
+def generate(module: Parallel, skeleton: Any, *args: Any, **kwargs: Any) -> Any:
     """``skeleton.generate(*args, **kwargs)`` with the weights of a parallel module.
 
     Raises:
@@ -58,25 +78,31 @@ def generate(module: ParallelModule, skeleton: Any, *args: Any, **kwargs: Any) -
 def _check(skeleton: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     given = [name for name in REFUSED if kwargs.get(name) is not None]
     if given:
-        raise AutoshardError(f"generate({given[0]}=...) is not offered on a parallel module: leave it out")
+        raise AutoshardError(
+            f"generate({given[0]}=...) is not offered on a parallel module: leave it out"
+        )
     config = kwargs.get("generation_config") or getattr(skeleton, "generation_config", None)
     kind = kwargs.get("cache_implementation", getattr(config, "cache_implementation", None))
     if kind not in CACHES:
         raise AutoshardError(
-            f"cache_implementation={kind!r} is not offered on a parallel module, whose ranks hold their "
-            "heads of a dynamic cache: leave it out"
+            f"cache_implementation={kind!r} is not offered on a parallel module, whose ranks hold "
+            "their heads of a dynamic cache: leave it out"
         )
 
 
-def _face(module: ParallelModule, skeleton: Any) -> Any:
-    face = copy.copy(skeleton)
-    face.__class__ = _face_class(type(skeleton))
+def _face(module: Parallel, skeleton: Any) -> Any:
+    face, cls = copy.copy(skeleton), _class_of(skeleton)
+    face.__class__ = _face_class(cls)
     face.__dict__["_parallel"] = module
     face.training = module.training
     return face
 
 
-@functools.lru_cache(maxsize=64)
+def _class_of(skeleton: Any) -> Any:
+    return type(skeleton)
+
+
+@functools.cache
 def _face_class(cls: Any) -> Any:
     """The model's class with the forward, the device and the encoder of a parallel module."""
 
@@ -85,10 +111,10 @@ def _face_class(cls: Any) -> Any:
         return self._parallel(*args, **kwargs)
 
     def get_encoder(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return _Encoder(self._parallel, super(face, self).get_encoder(*args, **kwargs))
+        return _Encoder(self._parallel, cls.get_encoder(self, *args, **kwargs))
 
     def _get_stopping_criteria(self: Any, *args: Any, **kwargs: Any) -> Any:
-        criteria = super(face, self)._get_stopping_criteria(*args, **kwargs)
+        criteria = cls._get_stopping_criteria(self, *args, **kwargs)
         criteria.insert(0, _Agreement(self._parallel))
         return criteria
 
@@ -103,14 +129,13 @@ def _face_class(cls: Any) -> Any:
         "__module__": cls.__module__,
         "__qualname__": cls.__qualname__,
     }
-    face = type(cls.__name__, (cls,), parts)
-    return face
+    return type(cls.__name__, (cls,), parts)
 
 
 class _Agreement:
     """A stopping criterion that stops nothing: the ranks have chosen the same tokens, or all raise."""
 
-    def __init__(self, module: ParallelModule) -> None:
+    def __init__(self, module: Parallel) -> None:
         self.module = module
 
     def __call__(self, tokens: Tensor, scores: Any, **kwargs: Any) -> Tensor:
@@ -121,9 +146,9 @@ class _Agreement:
 class _Encoder(nn.Module):
     """The encoder alone, run on the ranks: a program of its own on the parameters as they lie."""
 
-    def __init__(self, module: ParallelModule, encoder: nn.Module) -> None:
+    def __init__(self, module: Parallel, encoder: nn.Module) -> None:
         super().__init__()
         self.__dict__["module"] = module
-        self.forward = functools.wraps(encoder.forward)(  # type: ignore[assignment]
+        self.forward = functools.wraps(encoder.forward)(
             lambda *args, **kwargs: module.run("get_encoder", args, kwargs)
         )

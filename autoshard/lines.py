@@ -1,9 +1,9 @@
 """Lines: shares of a value outside of the graph, as DTensors over the ranks that share it.
 
-An output that leaves as a rank's share becomes a DTensor, and a DTensor that is given as an input enters
-as the rank's share. Where fewer parts than ranks are held, ``2/2@2`` over four ranks, the mesh has two
-dimensions: ``(Shard, Replicate)``. Gradients follow: ranks that hold the same element are given parts of
-its gradient that add up to it.
+An output that leaves as a rank's share becomes a DTensor, and a DTensor that is given as an input
+enters as the rank's share. Where fewer parts than ranks are held, ``2/2@2`` over four ranks, the mesh
+has two dimensions: ``(Shard, Replicate)``. Gradients follow: ranks that hold the same element are given
+parts of its gradient that add up to it.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class Lines:
         """(dimension, layout, degree) of an input as its placements say; None where it is whole.
 
         Raises:
-            AutoshardError: it lies on other ranks than this model's, or in another way than its outputs.
+            AutoshardError: it lies on other ranks than this model's, or otherwise than its outputs.
         """
         split = [i for i, p in enumerate(value.placements) if not p.is_replicate()]
         if not split:
@@ -68,17 +68,19 @@ class Lines:
         placement = value.placements[split[0]]
         group = self.mesh.group(degree) if degree in self.mesh.degrees else None
         ranks = group.ranks if isinstance(group, ProcessGroupComm) else []
-        if len(split) > 1 or not isinstance(placement, Shard) or mesh.mesh.flatten().tolist() != ranks:
+        elsewhere = mesh.mesh.flatten().tolist() != ranks
+        if elsewhere or len(split) > 1 or not isinstance(placement, Shard):
             raise AutoshardError(
-                f"an input is a DTensor placed {value.placements} on {mesh}: pass it as this model gave "
-                "it, or whole, with full_tensor()"
+                f"an input is a DTensor placed {value.placements} on {mesh}: pass it as this model "
+                "gave it, or whole, with full_tensor()"
             )
         dim = placement.dim % value.dim()
         parts, stride = mesh.shape[split[0]], math.prod(mesh.shape[split[0] + 1 :])
         return dim, Leaf(value.shape[dim], parts, stride), degree
 
     def _line(self, degree: int, parts: int, stride: int) -> tuple[DeviceMesh, tuple[bool, ...]]:
-        """The mesh of a group whose rank r holds part ``r // stride % parts``; which dimension that is."""
+        """The mesh of a group whose rank r holds part ``r // stride % parts``, and for each of its
+        dimensions whether it is that of the parts."""
         key = degree, parts, stride
         if key not in self._made:
             self._made[key] = self._make(*key)

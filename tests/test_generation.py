@@ -47,12 +47,15 @@ def gpt2() -> Any:
 
 def llama() -> Any:
     """4 query heads, 2 heads of keys and values."""
-    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES, num_key_value_heads=2)).eval()
+    return transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(**SIZES, num_key_value_heads=2)
+    ).eval()
 
 
 def mistral() -> Any:
     """A window of 5 tokens: its cache holds 4, and counts what it has seen."""
-    config = transformers.MistralConfig(**SIZES, num_key_value_heads=2, sliding_window=5)
+    sizes = {**SIZES, "num_hidden_layers": 1}
+    config = transformers.MistralConfig(**sizes, num_key_value_heads=2, sliding_window=5)
     return transformers.MistralForCausalLM(config).eval()
 
 
@@ -104,9 +107,7 @@ WAYS: dict[str, dict[str, Any]] = {
 def generated(model: Any, way: str, tokens: int = 8, **options: Any) -> Any:
     """What the model generates of the prompts, from a seed."""
     torch.manual_seed(3)
-    return model.generate(
-        PROMPT, max_new_tokens=tokens, pad_token_id=0, **{**WAYS[way], **options}
-    )
+    return model.generate(PROMPT, max_new_tokens=tokens, pad_token_id=0, **{**WAYS[way], **options})
 
 
 # -- a step with a cache on simulated ranks ----------------------------------------------------
@@ -206,7 +207,7 @@ def test_a_step_on_shares_of_a_cache_is_the_models_with_its_gradients(tp: int) -
 
 
 def test_what_the_proof_assumes_of_an_input_is_what_it_is_told() -> None:
-    """Negative control: the same graph is refused where shares are others, or whole, or kept wrongly."""
+    """Negative control: the same graph is refused where shares are others, whole, or kept wrongly."""
     model = llama()
     held: Stored = (1, Leaf(2, 2, 1), 2)
     program, sharded, _ = step(model, 2, filled(model), held)
@@ -242,7 +243,9 @@ def test_a_share_that_the_plan_does_not_split_is_refused() -> None:
     """A cache over two ranks, and attention at degree 1."""
     model = llama()
     cache = filled(model)
-    with pytest.raises(PlanError, match=r"is given split as 2/2 in dimension 1 over 2 ranks.*needs it whole"):
+    with pytest.raises(
+        PlanError, match=r"is given split as 2/2 in dimension 1 over 2 ranks.*needs it whole"
+    ):
         step(model, 2, cache, (1, Leaf(2, 2, 1), 2), {})
     with pytest.raises(PlanError, match="dimension 3"):
         step(model, 2, cache, (3, Leaf(8, 2, 1), 2))
@@ -259,26 +262,34 @@ def test_a_whole_cache_is_taken_too_and_leaves_as_shares() -> None:
 
 
 def test_two_captures_then_none() -> None:
-    """One of the prompts and one of a token, whatever the lengths; the caller's cache is changed."""
+    """One of the prompts and one of a token, whatever batch and lengths are."""
     model = perturbed(llama())
     module = autoshard.parallelize(copy.deepcopy(model), 1)
     with captures(module) as count:
         assert torch.equal(generated(module, "greedy"), generated(model, "greedy"))
         assert count == [2]
-        longer = torch.randint(1, 99, (3, 7))
-        more = {"max_new_tokens": 20, "pad_token_id": 0}
-        cache, own = transformers.DynamicCache(), transformers.DynamicCache()
-        found = module.generate(longer, past_key_values=cache, **more)
-        assert torch.equal(found, model.generate(longer, past_key_values=own, **more))
-        assert count == [3]  # a cache that does not know its layers yet
-        assert cache.get_seq_length() == own.get_seq_length() == 26
+        longer, more = torch.randint(1, 99, (3, 7)), {"max_new_tokens": 20, "pad_token_id": 0}
+        longer[0, 0] = 0  # padding, as in the prompts: without any there is no mask, another signature
+        assert torch.equal(module.generate(longer, **more), model.generate(longer, **more))
+        for way in ("sampling", "beams"):
+            assert torch.equal(generated(module, way, 12), generated(model, way, 12))
+        assert count == [2]
+
+
+def test_the_callers_cache_is_changed_and_goes_on() -> None:
+    """A cache that the caller keeps, over two turns."""
+    model = perturbed(llama())
+    module = autoshard.parallelize(copy.deepcopy(model), 1)
+    cache, own = transformers.DynamicCache(), transformers.DynamicCache()
+    turns = torch.randint(1, 99, (2, 9))
+    with torch.no_grad():
+        for tokens in turns.split([5, 4], 1):
+            result = module(input_ids=tokens, past_key_values=cache)
+            assert result.past_key_values is cache
+            assert_close(result.logits, model(input_ids=tokens, past_key_values=own).logits)
+        assert cache.get_seq_length() == own.get_seq_length() == 9
         assert_close(cache.layers[1].values, own.layers[1].values)
-        found = torch.cat([found, longer], 1)  # goes on from the cache that was filled
-        found = module.generate(found, past_key_values=cache, **more)
-        with captures(module) as again:
-            for way in ("greedy", "sampling", "beams"):
-                assert torch.equal(generated(module, way, 12), generated(model, way, 12))
-        assert again == [0]
+        assert_close(result.logits, module(input_ids=turns).logits[:, 5:])
 
 
 def test_a_window_is_captured_a_few_times_and_right_after_it() -> None:
@@ -287,14 +298,14 @@ def test_a_window_is_captured_a_few_times_and_right_after_it() -> None:
     module = autoshard.parallelize(copy.deepcopy(model), 1)
     with captures(module) as count:
         assert torch.equal(generated(module, "greedy", 4), generated(model, "greedy", 4))
-        assert count[0] <= 5
         before = count[0]
-        cache, own = (transformers.DynamicCache(config=model.config) for _ in range(2))
-        a = generated(module, "greedy", 25, past_key_values=cache)
-        assert torch.equal(a, generated(model, "greedy", 25, past_key_values=own))
-        assert cache.layers[0].cumulative_length == own.layers[0].cumulative_length == 28
-        assert count[0] <= before + 1
-        assert_close(cache.layers[0].keys, own.layers[0].keys)
+        kept = {"return_dict_in_generate": True}
+        mine, own = (generated(m, "greedy", 25, **kept) for m in (module, model))
+        assert torch.equal(mine.sequences, own.sequences)
+        assert before <= 4 and count[0] <= before + 1
+        mine, own = (found.past_key_values.layers[0] for found in (mine, own))
+        assert mine.cumulative_length == own.cumulative_length == 28
+        assert_close(mine.keys, own.keys)
 
 
 def test_a_part_of_the_model_runs_alone() -> None:
@@ -314,7 +325,9 @@ def test_what_is_refused_says_why() -> None:
         module.generate(PROMPT, assistant_model=gpt2())
     config = module.config
     with pytest.raises(AutoshardError, match="StaticCache"):
-        module(input_ids=PROMPT, past_key_values=transformers.StaticCache(config=config, max_cache_len=9))
+        module(
+            input_ids=PROMPT, past_key_values=transformers.StaticCache(config=config, max_cache_len=9)
+        )
     plain = autoshard.parallelize(nn.Sequential(nn.Embedding(9, 4), nn.Linear(4, 4)), 1)
     with pytest.raises(AttributeError, match="has no generate"):
         plain.generate(PROMPT)
@@ -377,7 +390,9 @@ def _generate(names: tuple[str, ...], ways: tuple[str, ...], tp: int) -> dict[st
         right = generated(model, "greedy", return_dict_in_generate=True, output_logits=True)
         assert_close(full.logits, right.logits)
         found[name, "cache"] = _sizes(full.past_key_values), _sizes(right.past_key_values)
-        for mine, own in zip(_tensors(full.past_key_values), _tensors(right.past_key_values), strict=True):
+        for mine, own in zip(
+            _tensors(full.past_key_values), _tensors(right.past_key_values), strict=True
+        ):
             whole = mine.full_tensor() if isinstance(mine, DTensor) else mine
             assert_close(whole, own)
     found["more"] = _more(module, model, tp)
@@ -385,7 +400,11 @@ def _generate(names: tuple[str, ...], ways: tuple[str, ...], tp: int) -> dict[st
 
 
 def _tensors(cache: Any) -> list[Tensor]:
-    parts = [cache.self_attention_cache, cache.cross_attention_cache] if hasattr(cache, "is_updated") else [cache]
+    parts = (
+        [cache.self_attention_cache, cache.cross_attention_cache]
+        if hasattr(cache, "is_updated")
+        else [cache]
+    )
     return [t for part in parts for layer in part.layers for t in (layer.keys, layer.values)]
 
 
@@ -414,7 +433,9 @@ def _more(module: ParallelModule, model: Any, tp: int) -> dict[str, Any]:
             result = one(input_ids=PROMPT[:, :2], past_key_values=cache)
             outputs = [t.full_tensor() if isinstance(t, DTensor) else t for t in _tensors(cache)]
             weights = [torch.arange(t.numel()).view(t.shape).sin() for t in outputs]
-            total = result.logits.sin().sum() + sum((o * w).sum() for o, w in zip(outputs, weights, strict=True))
+            total = result.logits.sin().sum() + sum(
+                (o * w).sum() for o, w in zip(outputs, weights, strict=True)
+            )
             total.backward()
             both.append((total.detach(), [isinstance(t, DTensor) for t in _tensors(cache)]))
         assert_close(both[0][0], both[1][0])
@@ -423,7 +444,13 @@ def _more(module: ParallelModule, model: Any, tp: int) -> dict[str, Any]:
             grad = parameter.grad
             assert grad is not None and names[name].grad is not None, name
             whole = autoshard.parameters.whole(grad, module.share_of(name))
-            assert_close(whole, names[name].grad, atol=1e-4, rtol=1e-4, msg=lambda m, n=name: f"{train} {n}: {m}")
+            assert_close(
+                whole,
+                names[name].grad,
+                atol=1e-4,
+                rtol=1e-4,
+                msg=lambda m, n=(train, name): f"{n}: {m}",
+            )
     return found
 
 
