@@ -18,11 +18,13 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+from collections.abc import Iterator
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor.experimental import implicit_replication
+from torch.nn.modules.module import register_module_forward_pre_hook
 
 from autoshard.errors import AutoshardError
 
@@ -35,6 +37,7 @@ class Parallel(Protocol):
     """What is needed of a parallel module."""
 
     training: bool
+    logits: str
 
     @property
     def device(self) -> torch.device:
@@ -44,11 +47,8 @@ class Parallel(Protocol):
     def dtype(self) -> torch.dtype:
         """Of the parameters."""
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """The forward."""
-
     def run(self, part: str | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The forward of a part of the model."""
+        """The forward, or that of a part of the model."""
 
     def agree_on(self, tokens: Tensor) -> None:
         """Raise where the ranks have other tokens."""
@@ -65,9 +65,11 @@ def generate(module: Parallel, skeleton: Any, *args: Any, **kwargs: Any) -> Any:
     """
     if not callable(getattr(skeleton, "generate", None)):
         raise AttributeError(f"{type(skeleton).__name__} has no generate")
-    _check(skeleton, args, kwargs)
+    _check(skeleton, kwargs)
+    if module.logits == "sharded":
+        raise AutoshardError('generate reads whole logits: parallelize without logits="sharded"')
     face = _face(module, skeleton)
-    with torch.no_grad(), implicit_replication():
+    with torch.no_grad(), implicit_replication(), _hollow(skeleton, face):
         found = face.generate(*args, **kwargs)
     tokens = found if isinstance(found, Tensor) else getattr(found, "sequences", None)
     if isinstance(tokens, Tensor):
@@ -75,7 +77,7 @@ def generate(module: Parallel, skeleton: Any, *args: Any, **kwargs: Any) -> Any:
     return found
 
 
-def _check(skeleton: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def _check(skeleton: Any, kwargs: dict[str, Any]) -> None:
     given = [name for name in REFUSED if kwargs.get(name) is not None]
     if given:
         raise AutoshardError(
@@ -93,9 +95,36 @@ def _check(skeleton: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None
 def _face(module: Parallel, skeleton: Any) -> Any:
     face, cls = copy.copy(skeleton), _class_of(skeleton)
     face.__class__ = _face_class(cls)
-    face.__dict__["_parallel"] = module
+    face.__dict__.update(_parallel=module, _running=False)
     face.training = module.training
     return face
+
+
+def _run(face: Any, part: str | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    face._running = True
+    try:
+        return face._parallel.run(part, args, kwargs)
+    finally:
+        face._running = False
+
+
+@contextlib.contextmanager
+def _hollow(skeleton: nn.Module, face: Any) -> Iterator[None]:
+    """Inside, modules of the skeleton, which have no weights, are run by a capture alone."""
+    names = {id(module): name for name, module in skeleton.named_modules() if name}
+
+    def refuse(module: nn.Module, args: Any) -> None:
+        if id(module) in names and not face._running:
+            raise AutoshardError(
+                f"generate of {type(skeleton).__name__} runs {names[id(module)]} by itself, beside the "
+                "forward and the encoder: on a parallel module only these two run on the weights"
+            )
+
+    handle = register_module_forward_pre_hook(refuse)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def _class_of(skeleton: Any) -> Any:
@@ -108,10 +137,10 @@ def _face_class(cls: Any) -> Any:
 
     @functools.wraps(cls.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return self._parallel(*args, **kwargs)
+        return _run(self, None, args, kwargs)
 
     def get_encoder(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return _Encoder(self._parallel, cls.get_encoder(self, *args, **kwargs))
+        return _Encoder(self, cls.get_encoder(self, *args, **kwargs))
 
     def _get_stopping_criteria(self: Any, *args: Any, **kwargs: Any) -> Any:
         criteria = cls._get_stopping_criteria(self, *args, **kwargs)
@@ -146,9 +175,8 @@ class _Agreement:
 class _Encoder(nn.Module):
     """The encoder alone, run on the ranks: a program of its own on the parameters as they lie."""
 
-    def __init__(self, module: Parallel, encoder: nn.Module) -> None:
+    def __init__(self, face: Any, encoder: nn.Module) -> None:
         super().__init__()
-        self.__dict__["module"] = module
         self.forward = functools.wraps(encoder.forward)(
-            lambda *args, **kwargs: module.run("get_encoder", args, kwargs)
+            lambda *args, **kwargs: _run(face, "get_encoder", args, kwargs)
         )
