@@ -433,7 +433,7 @@ def _sizes(cache: Any) -> int:
 
 
 def _with_gradients(module: ParallelModule, model: Any, train: bool) -> list[bool]:
-    """Two calls on one cache, and the gradients through both; which of the cache's tensors are shares."""
+    """Gradients through two calls on one cache; which of its tensors are shares."""
     module.train(train), model.train(train)
     totals, held = [], []
     for one in (module, model):
