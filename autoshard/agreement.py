@@ -100,6 +100,25 @@ class InputCheck:
         self._seen[graph] = seen + 1
         return seen < CALLS
 
+    def agree_on(self, tokens: Tensor) -> None:
+        """Compare tokens that every rank chose for itself: one all-gather of 8 bytes, and a wait.
+
+        Raises RanksDifferError on every rank of the group where they are not the same on all.
+        """
+        if self._mesh.tp == 1 or self.mode is False:
+            return
+        group = self._mesh.group(self._mesh.tp)
+        everyone = torch.stack(group.all_gather(fingerprint(tokens).to(self._mesh.device))).tolist()
+        if len(set(everyone)) > 1:
+            assert isinstance(group, ProcessGroupComm)
+            others = [r for r, v in zip(group.ranks, everyone, strict=True) if v != everyone[0]]
+            raise RanksDifferError(
+                f"rank {_listed(others)} chose other tokens than rank {group.ranks[0]}. Sampling draws "
+                "from torch's generator: call torch.manual_seed with the same seed on every rank of a "
+                "group, before generate. Without sampling, replicated parameters differ: call "
+                "check_replicas()"
+            )
+
     def compare(self, args: Sequence[Any], kwargs: dict[str, Any], train: bool) -> None:
         """Compare now, whatever the mode."""
         if self._mesh.tp == 1:

@@ -18,6 +18,7 @@ import torch
 from torch import fx
 
 from autoshard.axes import Axis, Size
+from autoshard.layouts import Layout
 from autoshard.rules import Call
 from autoshard.rules.call import Dims
 
@@ -39,6 +40,7 @@ class Axes:
         unknown: operators without a rule, with their place.
         differentiable: values that a gradient can flow through.
         inputs: the placeholders of the model's inputs.
+        held: inputs that ranks are given their shares of -> (dimension, layout, degree).
     """
 
     calls: dict[fx.Node, Call] = field(default_factory=dict)
@@ -48,6 +50,7 @@ class Axes:
     unknown: list[str] = field(default_factory=list)
     differentiable: set[fx.Node] = field(default_factory=set)
     inputs: frozenset[fx.Node] = frozenset()
+    held: dict[fx.Node, tuple[int, Layout, int]] = field(default_factory=dict)
 
 
 def weights_of(axes: Axes) -> set[fx.Node]:

@@ -119,7 +119,7 @@ def parallelize(
         )
     _check_plan(made, tp, strict)
     _check_ranks(plan_hash(made, sharded), device_mesh)
-    ranks = Mesh(device_mesh, tuple(made.degrees.values()))
+    ranks = Mesh(device_mesh, tuple(made.degrees.values()), device=device)
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     agree({n: t for n, t in tensors.items() if not t.is_meta}, ranks)
     return ParallelModule(

@@ -15,8 +15,9 @@ import io
 import itertools
 import logging
 import warnings
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections import OrderedDict, defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -34,8 +35,10 @@ from autoshard.autograd_functions import kept, lost_in_strict
 from autoshard.compat import autograd_functions_inlined, checkpoints_entered, without_modes
 from autoshard.errors import CaptureError
 from autoshard.guards import Holds, shape_guard
+from autoshard.layouts import Layout
 
 SMALL = 2**16  # elements
+BUILTINS = (dict, OrderedDict, defaultdict)
 DROPOUTS = (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout)
 
 
@@ -51,6 +54,7 @@ class Captured:
         inputs: placeholders of the tensor inputs, in pytree order; None where an input is no tensor.
         out_spec: how the flat outputs are put together.
         holds: whether the graph holds for flat inputs of these shapes.
+        held: input placeholder -> (dimension, layout, degree), where the caller gives a rank its share.
     """
 
     graph: fx.Graph
@@ -60,6 +64,7 @@ class Captured:
     inputs: tuple[str, ...]
     out_spec: pytree.TreeSpec
     holds: Holds
+    held: Mapping[str, tuple[int, Layout, int]] = field(default_factory=dict)
 
     @property
     def differentiable(self) -> set[str]:
@@ -113,9 +118,10 @@ def capture(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
             captured; names the layer and the source line.
     """
     huggingface.register_outputs(model)
-    # One tensor given twice (labels = input_ids) would become one input.
-    args, kwargs = pytree.tree_map_only(Tensor, torch.clone, (args, kwargs))
-    shapes = pytree.tree_map(_symbolic, (args, kwargs))
+    # One tensor given twice (labels = input_ids) would become one input. Values are not looked at: an
+    # empty tensor of any size takes no memory until it is written to.
+    args, kwargs = pytree.tree_map_only(Tensor, torch.empty_like, (args, kwargs))
+    shapes = _symbolic((args, kwargs))
     with contextlib.ExitStack() as around:
         around.enter_context(_named_arguments(model, kwargs))
         around.enter_context(_quiet())
@@ -233,9 +239,16 @@ def _marked(graph: fx.Graph) -> None:
 
 
 def _symbolic(value: Any) -> Any:
+    """Every dimension symbolic; a list, as ``torch.export`` has it, for what is no plain container."""
     if isinstance(value, Tensor):
         return dict.fromkeys(range(value.dim()), torch.export.Dim.AUTO)
-    return None
+    if isinstance(value, dict) and type(value) in BUILTINS:
+        return {key: _symbolic(item) for key, item in value.items()}
+    node = pytree.SUPPORTED_NODES.get(type(value))
+    if node is None:
+        return None
+    found = [_symbolic(item) for item in node.flatten_fn(value)[0]]
+    return tuple(found) if isinstance(value, tuple) else found
 
 
 def _by_name(model: nn.Module, shapes: tuple[Any, Any]) -> Any:
@@ -279,6 +292,26 @@ def _named_arguments(model: nn.Module, kwargs: dict[str, Any]) -> Iterator[None]
             model.forward = forward
         else:
             del model.__dict__["forward"]
+
+
+@contextlib.contextmanager
+def alone(model: nn.Module, part: str | None) -> Iterator[None]:
+    """Inside, the model's forward is that of the part of it that its method ``part`` gives."""
+    if part is None:
+        yield
+        return
+    inner = getattr(model, part)()
+    assert "forward" not in model.__dict__
+
+    @functools.wraps(inner.forward)
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return inner(*args, **kwargs)
+
+    model.forward = forward
+    try:
+        yield
+    finally:
+        del model.__dict__["forward"]
 
 
 @contextlib.contextmanager

@@ -47,7 +47,9 @@ def flow(graph: fx.Graph, axes: Axes, assignment: Assignment) -> Flow:
         if node in axes.calls:
             _call(node, axes.calls[node], axes, assignment, found)
         elif node.op == "placeholder":
-            if node in axes.dims and stored_dim(axes.dims[node], assignment) is not None:
+            if node in axes.held or (
+                node in axes.dims and stored_dim(axes.dims[node], assignment) is not None
+            ):
                 inside[node] = assignment.degree(axes.dims[node])
         elif node.target is operator.getitem and node.args[0] in inside:
             inside[node] = inside[node.args[0]]

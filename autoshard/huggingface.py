@@ -24,6 +24,12 @@ def body_prefix(model: nn.Module) -> str:
     return f"{prefix}." if prefix else ""
 
 
+def is_cache(value: Any) -> bool:
+    """Whether the value is a ``transformers.Cache``: an object that a forward reads and changes."""
+    caches = sys.modules.get("transformers.cache_utils")
+    return caches is not None and isinstance(value, caches.Cache)
+
+
 def register_outputs(model: nn.Module) -> None:
     """Let ``torch.export`` look into the caches that the model returns."""
     if not is_huggingface(model):

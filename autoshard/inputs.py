@@ -42,6 +42,11 @@ def normalized_inputs(model: nn.Module, given: Any) -> Inputs:
         raise ExampleInputsError(
             f"example_inputs must be a tuple or a dict of forward's arguments, is {type(given)}"
         )
+    if any(map(huggingface.is_cache, pytree.tree_leaves((args, kwargs), huggingface.is_cache))):
+        raise ExampleInputsError(
+            "example inputs hold a cache of keys and values: leave it out; a call that is given one is "
+            "captured when it comes"
+        )
     signature = inspect.signature(model.forward)
     try:
         signature.bind(*args, **kwargs)

@@ -164,6 +164,26 @@ def is_contiguous(layout: Layout, degree: int) -> bool:
     return order == list(range(whole_size(layout)))
 
 
+@lru_cache(maxsize=4096)
+def chunks(layout: Layout, degree: int) -> tuple[int, int] | None:
+    """(parts, stride) where rank r holds chunk ``r // stride % parts`` of ``torch.chunk(x, parts)``."""
+    if any(leaf.size < 0 for leaf in leaves(layout)):
+        return None
+    if is_contiguous(layout, degree):
+        return degree, 1
+    first = layout.factors[0] if isinstance(layout, Product) else layout
+    if not isinstance(first, Leaf) or not is_split(first):
+        return None
+    found = Leaf(whole_size(layout), first.parts, first.stride)
+    return (first.parts, first.stride) if same_shares(layout, found, degree) else None
+
+
+@lru_cache(maxsize=4096)
+def same_shares(a: Layout, b: Layout, degree: int) -> bool:
+    """Whether every rank of a group holds the same elements, in the same order."""
+    return all(indices(a, rank) == indices(b, rank) for rank in range(degree))
+
+
 def local_part(x: Tensor, dim: int, layout: Layout, coordinate: int) -> Tensor:
     """What the rank at ``coordinate`` holds of ``x`` along ``dim``. Differentiable."""
     if any(leaf.size < 0 for leaf in leaves(layout)):

@@ -205,6 +205,7 @@ class Mesh:
     device_mesh: what `init_mesh` returned. None: one process, without communication.
     degrees: all that the plan uses, the same on every rank; 1 and tp are always there.
     seed: of the random streams; `torch.initial_seed()` of the first rank if not given.
+    device: of one process without a mesh; a GPU if there is one, where not given.
 
     All ranks of the world construct it together: it creates process groups. It is built from
     `device_mesh`; raises ValueError for degrees that do not divide tp, or that need more process
@@ -212,7 +213,11 @@ class Mesh:
     """
 
     def __init__(
-        self, device_mesh: DeviceMesh | None, degrees: Iterable[int], seed: int | None = None
+        self,
+        device_mesh: DeviceMesh | None,
+        degrees: Iterable[int],
+        seed: int | None = None,
+        device: torch.device | str | None = None,
     ) -> None:
         self.device_mesh = device_mesh
         self.tp: int = 1 if device_mesh is None else device_mesh.size(device_mesh.ndim - 1)
@@ -220,16 +225,17 @@ class Mesh:
         self.shape = tp_mesh_shape(self.tp, self.degrees)
         self.tp_rank = 0
         self.dp_rank = 0
-        self.device = torch.device("cpu")
+        self.device = torch.device(_default_device_type() if device is None else device)
         self.tp_mesh: DeviceMesh | None = None
         if device_mesh is not None:
             self.tp_rank = device_mesh.get_local_rank("tp")
             if device_mesh.ndim == 2:
                 self.dp_rank = device_mesh.get_local_rank("dp")
-            if device_mesh.device_type == "cuda":
-                self.device = torch.device("cuda", torch.cuda.current_device())
+            self.device = torch.device(device_mesh.device_type)
             self.tp_mesh = self._make_tp_mesh(device_mesh)
             answer_roll_calls()
+        if self.device.type == "cuda" and (device_mesh is not None or self.device.index is None):
+            self.device = torch.device("cuda", torch.cuda.current_device())
         self.seed = self._agree_on(torch.initial_seed() % 2**63 if seed is None else seed)
         self._groups = {degree: self._make_group(degree) for degree in self.degrees}
 

@@ -17,20 +17,21 @@ import torch
 from torch import Tensor, fx, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor
 from torch.utils import _pytree as pytree
 
+from autoshard import caches, weights
 from autoshard import parameters as stored_parameters
-from autoshard import weights
 from autoshard.agreement import InputCheck
-from autoshard.capture import Captured, hollowed, tied_names
+from autoshard.caches import Counters, Given, Traced
+from autoshard.capture import Captured, alone, hollowed, tied_names
 from autoshard.capture import skeleton as make_skeleton
 from autoshard.errors import AutoshardError
 from autoshard.finite import FiniteWatch
-from autoshard.groups import ProcessGroupComm
 from autoshard.huggingface import body_prefix
 from autoshard.inputs import normalized_inputs
 from autoshard.layers import container, find
+from autoshard.lines import Lines
 from autoshard.mesh import Mesh
 from autoshard.parameters import Stored
 from autoshard.pipeline import Program, analyse, rewrite
@@ -49,10 +50,11 @@ from autoshard.rank import (
 from autoshard.rearranged import REFERENCE, Rearranged
 from autoshard.replay import Subject, verify_ranks
 from autoshard.replicas import check_replicas
-from autoshard.sharded import Sharded, SplitOutput
+from autoshard.sharded import Sharded
 from autoshard.verification import Report, output_names
 from autoshard.weights import Slot
 
+KEPT = 4096  # shapes of which it is kept which graph holds for them
 LOGITS = ("auto", "whole", "sharded")
 
 
@@ -72,6 +74,7 @@ class Compiled:
     module: fx.GraphModule
     sources: tuple[Source, ...]
     streams: tuple[RandomStream, ...]
+    traced: Traced
 
     @property
     def captured(self) -> Captured:
@@ -109,6 +112,8 @@ class ParallelModule(nn.Module):
         self.__dict__["_skeleton"] = skeleton
         self.__dict__["_mesh"] = mesh
         self.__dict__["_input_check"] = InputCheck(check_inputs, skeleton.forward, mesh)
+        self._lines = Lines(mesh)
+        self._counters: Counters = set()
         self.plan = plan
         self.logits = logits
         self._checkpoint = checkpoint
@@ -122,7 +127,7 @@ class ParallelModule(nn.Module):
         self._empty = {n for n, t in tensors.items() if t.is_meta}  # parameters without a value so far
         self._hold(skeleton, tensors)
         self.train(skeleton.training)
-        key, _ = self._key(*example)
+        key, _ = self._key(Given(*example))
         self._last = self._bind(key, program, sharded)
         self._compiled.append(self._last)
         self.register_state_dict_post_hook(_to_state)  # type: ignore[no-untyped-call]
@@ -164,27 +169,75 @@ class ParallelModule(nn.Module):
         return value
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The model's forward: the same inputs, the same outputs, the same names."""
+        """The model's forward: the same inputs, the same outputs, the same names.
+
+        A ``transformers.Cache`` among the inputs is changed as the model changes it; in eval mode its
+        tensors become DTensors that hold the heads of this rank.
+        """
+        return self.run(None, args, kwargs)
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """A Hugging Face model's own ``generate``; every rank calls it, with the same seed.
+
+        Raises:
+            AttributeError: the model has none.
+            RanksDifferError: the ranks chose different tokens.
+            AutoshardError: an option that the ranks cannot serve.
+        """
+        from autoshard import generation
+
+        return generation.generate(self, self.__dict__["_skeleton"], *args, **kwargs)
+
+    @property
+    def device(self) -> torch.device:
+        """Where this rank's parameters lie."""
+        mesh: Mesh = self.__dict__["_mesh"]
+        return mesh.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the first floating parameter, as ``transformers`` says it of a model."""
+        found = (p.dtype for p in self.parameters() if p.is_floating_point())
+        return next(found, torch.get_default_dtype())
+
+    def agree_on(self, tokens: Tensor) -> None:
+        """Raise RanksDifferError on every rank where the ranks of the group have other tokens."""
+        self.__dict__["_input_check"].agree_on(tokens)
+
+    def run(self, part: str | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The forward; or that of a part of the model alone, which its method ``part`` gives.
+
+        A part is a program of its own, on the parameters as they lie.
+        """
         if self._empty:
             raise AutoshardError(
                 f"{min(self._empty)} and {len(self._empty) - 1} other parameters have no values: the "
                 "model was built on the meta device; call load_weights or init_weights"
             )
         if torch.compiler.is_compiling():
-            return self._traced(args, kwargs)
-        key, flat = self._key(args, kwargs)
+            return self._traced(part, args, kwargs)
+        given = caches.opened(args, kwargs, self._counters)
+        key, flat = self._key(given, part)
         known = self._known(key, flat)
-        self.__dict__["_input_check"](known, args, kwargs, self.training)
-        compiled = self._find(key, flat, args, kwargs, known)
+        self.__dict__["_input_check"](known, given.args, given.kwargs, self.training)
+        compiled = self._find(key, flat, given, known, part)
+        if compiled.traced.learnt:  # what counts enters as a size, not as a constant
+            self._counters.update(compiled.traced.learnt)
+            return self.run(part, args, kwargs)
+        inputs = [self._lines.enter(x) if isinstance(x, DTensor) else x for x in flat]
         watch: FiniteWatch | None = self.__dict__.get("_watch")
         if watch is None:
-            return self._run(compiled, flat)
-        values = placeholder_values(
-            compiled.sharded, compiled.captured,
-            stored_parameters.local(dict(self.named_parameters())), dict(self.named_buffers()), flat,
-        )  # fmt: skip
-        results = watch.run(self._flat(compiled), compiled.captured.parameters, values)
-        return self._packed(compiled, results)
+            result = self._run(compiled, inputs)
+        else:
+            values = placeholder_values(
+                compiled.sharded, compiled.captured,
+                stored_parameters.local(dict(self.named_parameters())), dict(self.named_buffers()),
+                inputs,
+            )  # fmt: skip
+            results = watch.run(self._flat(compiled), compiled.captured.parameters, values)
+            result = self._packed(compiled, results)
+        mesh: Mesh = self.__dict__["_mesh"]
+        return caches.closed(compiled.traced, given, result, mesh.device) if given.caches else result
 
     def load_weights(self, path: str | Path, strict: bool = True) -> tuple[str, ...]:
         """Read parameters and buffers from safetensors, each rank its rows; every rank calls it.
@@ -376,8 +429,9 @@ class ParallelModule(nn.Module):
         model = make_skeleton(self.__dict__["_skeleton"]).train(self.training)
         last = self._last
         try:
-            key, flat = self._key(args, kwargs)  # what has to be captured is captured as for a step
-            compiled = self._find(key, flat, args, kwargs, self._known(key, flat))
+            given = caches.opened(args, kwargs, self._counters)
+            key, flat = self._key(given)  # what has to be captured is captured as for a step
+            compiled = self._find(key, flat, given, self._known(key, flat))
             if self._pre_norm:
                 model = Rearranged(model, compiled.program, where)
             subject = Subject(
@@ -395,7 +449,7 @@ class ParallelModule(nn.Module):
         copied: ParallelModule = type(self).__new__(type(self))
         memo[id(self)] = copied
         shared: dict[str, Any] = {
-            "_lines": self.__dict__.get("_lines", {}),
+            "_lines": self._lines,
             "_skeleton": make_skeleton(self.__dict__["_skeleton"]),
             "_mesh": self.__dict__["_mesh"],
             "_compiled": list(self._compiled),
@@ -430,10 +484,10 @@ class ParallelModule(nn.Module):
             persistent = last not in owner._non_persistent_buffers_set
             module.register_buffer(last, made[first], persistent=persistent)
 
-    def _key(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, list[Any]]:
+    def _key(self, given: Given, part: str | None = None) -> tuple[Any, list[Any]]:
         """What a graph is captured for, shapes aside, and the flat inputs."""
-        flat, spec = pytree.tree_flatten((args, kwargs))
-        return (spec, self.training, tuple(_kind(leaf) for leaf in flat)), flat
+        flat, spec = pytree.tree_flatten((given.args, given.kwargs))
+        return (part, spec, given.forms, self.training, tuple(_kind(leaf) for leaf in flat)), flat
 
     def _slots(self) -> dict[str, Slot]:
         """Every parameter's and buffer's memory on this rank."""
@@ -462,7 +516,7 @@ class ParallelModule(nn.Module):
     def _packed(self, compiled: Compiled, results: Iterable[Any]) -> Any:
         """The model's outputs from the graph's flat ones."""
         outputs = [
-            result if split is None else self._split_output(self._kept(result), split)
+            result if split is None else self._lines.leave(self._kept(result), split)
             for result, split in zip(results, compiled.sharded.outputs, strict=True)
         ]
         return pytree.tree_unflatten(outputs, compiled.captured.out_spec)
@@ -476,23 +530,23 @@ class ParallelModule(nn.Module):
         _say_detached()
         return share.detach()
 
-    def _traced(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _traced(self, part: str | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The forward within torch.compile: the graph that was captured for such inputs."""
-        key, flat = self._key(args, kwargs)
+        key, flat = self._key(Given(args, kwargs), part)
         for compiled in self._compiled:
             if compiled.key == key and compiled.captured.holds(flat):
                 begun = begin_traced(compiled.streams, self.__dict__["_mesh"].device)
                 result = self._run(compiled, flat)
                 end_traced(begun)
                 return result
-        return self._not_traced(*args, **kwargs)
+        return self._not_traced(part, args, kwargs)
 
     @torch.compiler.disable(  # type: ignore[untyped-decorator]
         reason="there is no graph for such inputs yet: call the model with them once, not compiled, or "
         "pass them as example_inputs= to parallelize"
     )
-    def _not_traced(self, *args: Any, **kwargs: Any) -> Any:
-        return self(*args, **kwargs)
+    def _not_traced(self, *given: Any) -> Any:
+        return self.run(*given)
 
     def _known(self, key: Any, flat: list[Any]) -> Compiled | None:
         """The graph that holds for these inputs; None where it has still to be captured."""
@@ -502,26 +556,34 @@ class ParallelModule(nn.Module):
             known = next(fitting, None)
             if known is None:
                 return None
+            if len(self._fits) >= KEPT:
+                self._fits.clear()
             self._fits[place] = known
         return self._fits[place]
 
     def _find(
-        self, key: Any, flat: list[Any], args: tuple[Any, ...], kwargs: Any, known: Compiled | None
+        self, key: Any, flat: list[Any], given: Given, known: Compiled | None, part: str | None = None
     ) -> Compiled:
         if known is None:
-            known = self._capture(key, args, kwargs)
+            known = self._capture(key, given, part)
             self._compiled.append(known)
             self._fits[key, _shapes(flat)] = known
         self.__dict__["_last"] = known
         return known
 
-    def _capture(self, key: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Compiled:
+    def _capture(self, key: Any, given: Given, part: str | None = None) -> Compiled:
         """Capture again for another signature; the parameters stay as they lie."""
         skeleton: nn.Module = self.__dict__["_skeleton"]
         skeleton.train(self.training)
-        args, kwargs = pytree.tree_map_only(Tensor, lambda t: t.detach().to("cpu"), (args, kwargs))
-        program = analyse(skeleton, args, kwargs, self.plan.tp, None, self._pre_norm)
-        keep = outputs_to_keep(program, self.training, self.logits)
+        flat = pytree.tree_leaves((given.args, given.kwargs))
+        held = {i: self._lines.stored(x) for i, x in enumerate(flat) if isinstance(x, DTensor)}
+        shares = {i: share for i, share in held.items() if share is not None}
+        args, kwargs = pytree.tree_map_only(Tensor, _example, (given.args, given.kwargs))
+        with alone(skeleton, part), caches.traced(skeleton, given, self._counters) as found:
+            program = analyse(
+                skeleton, args, kwargs, self.plan.tp, pre_norm=self._pre_norm, held=shares
+            )
+        keep = outputs_to_keep(program, self.training, self.logits, found)
         degrees = {
             r.name: self.plan.degrees.get(r.name, _tied_degree(self.plan, program, r.name))
             for c in program.analysis.candidates for r in c.regions
@@ -537,9 +599,11 @@ class ParallelModule(nn.Module):
                     f"{_in_words(lying.get(name))}: pass inputs like them as example_inputs= to "
                     "parallelize, or give its region degree 1"
                 )
-        return self._bind(key, program, sharded)
+        return self._bind(key, program, sharded, found)
 
-    def _bind(self, key: Any, program: Program, sharded: Sharded) -> Compiled:
+    def _bind(
+        self, key: Any, program: Program, sharded: Sharded, found: Traced | None = None
+    ) -> Compiled:
         mesh: Mesh = self.__dict__["_mesh"]
         place_on(sharded, mesh.device)
         program.captured.constants.update(
@@ -549,32 +613,13 @@ class ParallelModule(nn.Module):
             key, program, sharded,
             layered_module(sharded, mesh.group), sources(sharded, program.captured),
             tuple(mesh.group(degree).stream for degree in random_groups(sharded)),
+            found or Traced(),
         )  # fmt: skip
 
     def _flat(self, compiled: Compiled) -> fx.GraphModule:
         """The graph with no layers and nothing computed again: every value, each once."""
         mesh: Mesh = self.__dict__["_mesh"]
         return rank_module(compiled.sharded, mesh.group, flat=True)
-
-    def _split_output(self, share: Tensor, split: SplitOutput) -> Tensor:
-        mesh: Mesh = self.__dict__["_mesh"]
-        shape = torch.Size([*share.shape[: split.dim], split.size, *share.shape[split.dim + 1 :]])
-        stride = torch.empty(shape, device="meta").stride()
-        return DTensor.from_local(
-            share, self._line(split.degree, mesh), [Shard(split.dim)], run_check=False,
-            shape=shape, stride=stride,
-        )  # fmt: skip
-
-    def _line(self, degree: int, mesh: Mesh) -> DeviceMesh:
-        """The one-dimensional mesh of the ranks that share a split."""
-        if mesh.tp_mesh is not None and mesh.tp_mesh.ndim == 1 and degree == mesh.tp:
-            return mesh.tp_mesh
-        lines: dict[int, DeviceMesh] = self.__dict__.setdefault("_lines", {})
-        if degree not in lines:
-            group = mesh.group(degree)
-            assert isinstance(group, ProcessGroupComm)
-            lines[degree] = DeviceMesh.from_group(group.process_group, mesh.device.type)
-        return lines[degree]
 
     def _apply(self, fn: Any, recurse: bool = True) -> ParallelModule:
         before = {n: p.dtype for n, p in self.named_parameters()}
@@ -607,8 +652,14 @@ def _say_detached() -> bool:
     return True
 
 
-def outputs_to_keep(program: Program, training: bool, logits: str) -> tuple[int, ...]:
-    """The flat outputs that leave as shares: beside a loss in train mode, nobody reads them whole."""
+def outputs_to_keep(
+    program: Program, training: bool, logits: str, found: Traced | None = None
+) -> tuple[int, ...]:
+    """The flat outputs that leave as shares.
+
+    Beside a loss in train mode, nobody reads them whole. Caches that a call in eval mode is given hold
+    a rank's heads only: the next call takes them as they are.
+    """
     output = next(n for n in reversed(program.analysis.graph.nodes) if n.op == "output")
     values = list(output.args[0])
     loss = any(
@@ -617,7 +668,7 @@ def outputs_to_keep(program: Program, training: bool, logits: str) -> tuple[int,
     )
     if logits == "sharded" or (logits == "auto" and training and loss):
         return tuple(range(len(values)))
-    return ()
+    return () if found is None or training or logits == "whole" else caches.positions(found)
 
 
 def plan_hash(plan: Plan, sharded: Sharded | None = None) -> str:
@@ -661,7 +712,16 @@ def _shapes(flat: list[Any]) -> tuple[tuple[int, ...] | None, ...]:
     return tuple(tuple(x.shape) if isinstance(x, Tensor) else None for x in flat)
 
 
+def _example(given: Tensor) -> Tensor:
+    """What a graph is captured with: no values are read, so none are gathered."""
+    if isinstance(given, DTensor):
+        return torch.empty(given.shape, dtype=given.dtype)
+    return given.detach().to("cpu")
+
+
 def _kind(leaf: Any) -> Any:
+    if isinstance(leaf, DTensor):
+        return leaf.dtype, leaf.dim(), leaf.placements, leaf.device_mesh
     return (leaf.dtype, leaf.dim()) if isinstance(leaf, Tensor) else (type(leaf), leaf)
 
 

@@ -65,6 +65,12 @@ def leave(x: Tensor, group: Group) -> Tensor:
     return x if group.degree == 1 else _apply(_Leave, x, group.degree)
 
 
+def shared(x: Tensor, copies: int) -> Tensor:
+    """Identity forward, 1/copies backward, where a share leaves that so many ranks hold: each is given
+    the whole gradient of it, and their parts are to add up to that once."""
+    return _apply(_Leave, x, copies)
+
+
 def gather(x: Tensor, dim: int, group: Group) -> Tensor:
     """All-gather forward, own slice backward: `y = cat(x of every rank, dim)`, `dx = dy[own]`.
 

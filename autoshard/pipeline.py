@@ -7,7 +7,7 @@ capture -> inline -> functionalize -> normalize -> (rearrange_norms) -> assign_a
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch import fx, nn
 
 from autoshard.analysis import Analysis
 from autoshard.capture import Captured, capture
+from autoshard.parameters import Stored
 from autoshard.passes.assign_axes import assign_axes
 from autoshard.passes.assign_degrees import Request
 from autoshard.passes.checkpoint import checkpoint
@@ -60,6 +61,7 @@ def analyse(
     tp: int,
     edit: Callable[[fx.Graph], None] | None = None,
     pre_norm: bool = False,
+    held: Mapping[int, Stored] | None = None,
 ) -> Program:
     """Capture a model and find what can be split.
 
@@ -69,8 +71,9 @@ def analyse(
         tp: ranks.
         edit: a function applied to the captured graph first (verification turns dropout off).
         pre_norm: move the norms behind the residual additions to before the sublayers.
+        held: number of a flat input -> how it is split, where a rank is given its share of it.
     """
-    return next(analyse_each(model, args, kwargs, (tp,), edit, pre_norm))
+    return next(analyse_each(model, args, kwargs, (tp,), edit, pre_norm, held))
 
 
 def analyse_each(
@@ -80,11 +83,14 @@ def analyse_each(
     tps: Sequence[int],
     edit: Callable[[fx.Graph], None] | None = None,
     pre_norm: bool = False,
+    held: Mapping[int, Stored] | None = None,
 ) -> Iterator[Program]:
     """Capture a model once, and find what can be split over several numbers of ranks."""
     seconds: dict[str, float] = {}
     with Stages(seconds, ("capture",)) as stages, stages.stage("capture"):
         captured = capture(model, args, kwargs)
+    if held:
+        captured = replace(captured, held={captured.inputs[i]: share for i, share in held.items()})
     if edit is not None:
         edit(captured.graph)
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
@@ -115,14 +121,14 @@ def _analysed(
                 reference = fx.Graph()
                 reference.output(reference.graph_copy(graph, {}))
         with stages.stage("axes"):
-            axes = assign_axes(graph, captured.parameters, captured.inputs)
+            axes = assign_axes(graph, captured.parameters, captured.inputs, captured.held)
             norms = decompose_norms(graph, axes) if tp > 1 else []
             if norms:
-                axes = assign_axes(graph, captured.parameters, captured.inputs)
+                axes = assign_axes(graph, captured.parameters, captured.inputs, captured.held)
         with stages.stage("match"):
             candidates = match(graph, axes, tp)
             if fuse_unsplit(graph, norms, axes, candidates, tp):
-                axes = assign_axes(graph, captured.parameters, captured.inputs)
+                axes = assign_axes(graph, captured.parameters, captured.inputs, captured.held)
                 candidates = match(graph, axes, tp)
             candidates = match_alone(graph, axes, tp, candidates)
     analysis = Analysis(graph, axes, candidates, captured.parameters, shapes)
@@ -155,14 +161,15 @@ def rewrite(
             sharded = checkpoint(sharded, layers_again)
             sharded = outline(sharded, analysis.names)
         with stages.stage("prove"):
-            prove(analysis.graph, sharded, _differentiable(analysis), analysis.names)
+            held = program.captured.held
+            prove(analysis.graph, sharded, _differentiable(analysis), held, analysis.names)
     return plan, sharded
 
 
 def held_by_ranks(program: Program, sharded: Sharded) -> dict[str, Held]:
     """What each rank holds of every tensor of the rank's graph, as the proof finds it."""
     analysis = program.analysis
-    return placements(analysis.graph, sharded, _differentiable(analysis))
+    return placements(analysis.graph, sharded, _differentiable(analysis), program.captured.held)
 
 
 def _differentiable(analysis: Analysis) -> set[str]:

@@ -7,16 +7,25 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from autoshard.layouts import Layout
+from autoshard.layouts import Layout, whole_size
 
 
 @dataclass(frozen=True)
 class SplitOutput:
-    """A flat output that leaves a rank as its share: of dimension ``dim``, of true size ``size``."""
+    """A flat output that leaves a rank as its share: of dimension ``dim``, as ``layout`` says.
+
+    Where several ranks hold an element, the gradients that they are given for it add up to the true
+    one.
+    """
 
     dim: int
-    size: int
+    layout: Layout
     degree: int
+
+    @property
+    def size(self) -> int:
+        """Elements of the whole dimension."""
+        return whole_size(self.layout)
 
 
 @dataclass(frozen=True)

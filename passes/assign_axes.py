@@ -15,7 +15,8 @@ After: ``w`` is ``[3·heads·16, hidden]``, ``view`` is ``[B, S, 3, heads, 16]``
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import sympy
@@ -25,6 +26,7 @@ from torch import fx
 from autoshard.analysis import Axes
 from autoshard.axes import Axis, Size, freeze, product_of
 from autoshard.errors import CaptureError
+from autoshard.layouts import Layout
 from autoshard.rules import Call, bind, rule_for, where
 from autoshard.rules.call import Dims, is_tensor, size_of
 from autoshard.rules.call import shape_of as plain_shape
@@ -37,13 +39,20 @@ VIEWS = (
 )
 
 
-def assign_axes(graph: fx.Graph, parameters: Collection[str], inputs: Collection[str]) -> Axes:
+def assign_axes(
+    graph: fx.Graph,
+    parameters: Collection[str],
+    inputs: Collection[str],
+    held: Mapping[str, tuple[int, Layout, int]] = MappingProxyType({}),
+) -> Axes:
     """Walk the graph once and unify the axes of its dimensions.
 
     Args:
         graph: normalized.
         parameters: placeholders of parameters.
         inputs: placeholders of the model's inputs.
+        held: those of them that ranks are given shares of. Like a parameter, such an input has the same
+            axes wherever it is used; what is computed from it alone is a share too.
     """
     result = Axes()
     weighted: dict[fx.Node, list[Dims | None]] = {}
@@ -66,6 +75,9 @@ def assign_axes(graph: fx.Graph, parameters: Collection[str], inputs: Collection
         if node.op == "placeholder":
             if node.name in parameters:
                 result.parameters.append(node)
+            if node.name in held:
+                result.held[node] = held[node.name]
+            if node in result.held or node.name in parameters:
                 result.dims[node] = tuple(Axis(size) for size in shape_of(value))
                 weighted[node] = [result.dims[node]]
             if isinstance(value, torch.Tensor) and value.is_floating_point():

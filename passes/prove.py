@@ -24,9 +24,11 @@ parts put back is compared with the proven one; so is the graph of layers with t
 from __future__ import annotations
 
 from collections.abc import Mapping
+from types import MappingProxyType
 
 from torch import fx
 
+from autoshard.layouts import Layout
 from autoshard.proof.calls import Calls
 from autoshard.proof.held import Held
 from autoshard.proof.layered import same_as_one
@@ -41,7 +43,8 @@ def prove(
     graph: fx.Graph,
     sharded: Sharded,
     differentiable_inputs: set[str],
-    parameters: Mapping[str, str] | None = None,
+    held: Mapping[str, tuple[int, Layout, int]] = MappingProxyType({}),
+    parameters: Mapping[str, str] = MappingProxyType({}),
 ) -> Sharded:
     """Return the rewritten graph if it is proven to compute the original; else refuse it.
 
@@ -49,7 +52,9 @@ def prove(
         graph: the original, normalized.
         sharded: the rank's graph, and how parameters and outputs lie on the ranks.
         differentiable_inputs: placeholders that a gradient can flow to.
-        parameters: placeholder -> the parameter's name, which a graph of layers takes them by.
+        held: inputs that the caller gives each rank its share of: (dimension, layout, degree). This is
+            assumed of a call, as it is that ``sharded.stored`` says how parameters lie.
+        parameters: placeholder -> the parameter's name, by which a graph of layers takes them.
 
     Raises:
         UnsoundGraphError: names the first node where the proof fails, its layer, what is held there
@@ -57,19 +62,24 @@ def prove(
     """
     calls = Calls()
     for factor in FACTORS:
-        Proof(graph, sharded, differentiable_inputs, factor, calls).run()
+        Proof(graph, sharded, differentiable_inputs, factor, calls, held).run()
     if sharded.nested is not None:
         same_as_flat(sharded.nested, sharded.graph)
     if sharded.layered is not None:
-        same_as_one(sharded.layered, sharded.runs, parameters or {})
+        same_as_one(sharded.layered, sharded.runs, parameters)
     return sharded
 
 
-def placements(graph: fx.Graph, sharded: Sharded, differentiable_inputs: set[str]) -> dict[str, Held]:
+def placements(
+    graph: fx.Graph,
+    sharded: Sharded,
+    differentiable_inputs: set[str],
+    held: Mapping[str, tuple[int, Layout, int]] = MappingProxyType({}),
+) -> dict[str, Held]:
     """What each rank holds of every tensor of a rewritten graph, by node, at the sizes captured.
 
     Args and raises: as ``prove``.
     """
-    proof = Proof(graph, sharded, differentiable_inputs, FACTORS[0], Calls())
+    proof = Proof(graph, sharded, differentiable_inputs, FACTORS[0], Calls(), held)
     proof.run()
-    return {n.name: held for n, held in proof.known.items() if isinstance(held, Held)}
+    return {n.name: known for n, known in proof.known.items() if isinstance(known, Held)}

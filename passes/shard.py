@@ -37,7 +37,7 @@ from autoshard.assignment import Assignment, stored_dim
 from autoshard.axes import Axis, Size, atoms_of
 from autoshard.errors import PlanError
 from autoshard.flow import LOOKUP, LOSS, flow
-from autoshard.layouts import Layout, is_contiguous, is_split
+from autoshard.layouts import Layout, chunks, is_contiguous, is_split, same_shares
 from autoshard.rules import Call, rule_for, where
 from autoshard.sharded import Sharded, SplitOutput
 
@@ -138,10 +138,26 @@ class _Sharder:
         if node not in self.axes.dims:
             return
         dims = self.axes.dims[node]
+        if node in self.axes.held:
+            self._given(node, dims, *self.axes.held[node])
+            return
         dim = stored_dim(dims, self.assignment)
         if dim is not None:
             degree = self.assignment.degree(dims)
             self.stored[str(node.target)] = (dim, self.assignment.layout(dims[dim]), degree)
+
+    def _given(
+        self, node: fx.Node, dims: tuple[Axis, ...], dim: int, layout: Layout, degree: int
+    ) -> None:
+        """An input that the rank is given its share of is split as the plan splits its axes."""
+        own = [self.assignment.layout(axis) for axis in dims]
+        split = [i for i, one in enumerate(own) if is_split(one)]
+        if split != [dim] or not same_shares(own[dim], layout, degree):
+            needed = "; ".join(f"{own[i]} in dimension {i}" for i in split) or "whole"
+            raise PlanError(
+                f"the input {node.name} is given split as {layout} in dimension {dim} over {degree} "
+                f"ranks, and the plan needs it {needed}: pass what this model gave, or a whole tensor"
+            )
 
     def _whole(self, node: fx.Node) -> fx.Node:
         """The node as it was, on whole operands."""
@@ -422,12 +438,12 @@ class _Sharder:
         if index in self.keep_split and len(split) == 1:
             dim = split[0]
             axis = dims[dim].find()
-            cut = self.assignment.cuts.get(axis)
-            if cut is not None and cut.parts == degree and isinstance(axis.size, int):
-                if cut.padded * cut.parts != axis.size:
+            cut, layout = self.assignment.cuts.get(axis), self.assignment.layout(axis)
+            if chunks(layout, degree) is not None:
+                if cut is not None and cut.padded * cut.parts != axis.size:
                     args = (result, dim, group, cut.rows, axis.size)
                     result = self._create(value, "own", shares.own_rows, args)
-                return result, SplitOutput(dim, axis.size, degree)
+                return result, SplitOutput(dim, layout, degree)
         if not split:
             return self._outside(value, value), None
         if len(split) > 1:

@@ -1,4 +1,4 @@
-"""Copies beside tensor parallelism: what is refused, means of gradients, and the paper's 64 x 8 ranks."""
+"""Copies beside tensor parallelism: what is refused, means of gradients, the paper's 64 x 8 ranks."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def _papers() -> list[dict[str, Any]]:
 
 @pytest.mark.slow
 def test_the_papers_64_by_8() -> None:
-    """512 ranks: a rank's group are the 8 of its machine, its copies those 8 apart; 8 ways everywhere."""
+    """512 ranks: a rank's group are the 8 of its machine, its copies those 8 apart; 8 ways all."""
     (found,) = run_distributed(_papers, 1, process_group=False, timeout=300)
     for rank, one in zip((0, 7, 8, 300, 511), found, strict=True):
         machine, place = divmod(rank, TP)

@@ -218,7 +218,11 @@ def test_outputs_declared_otherwise() -> None:
     (split,) = [o for o in tried.sharded.outputs if o is not None]
     whole = tuple(None for _ in tried.sharded.outputs)
     assert "gather" in tried.refusal(replace(tried.sharded, outputs=whole))
-    for other in (replace(split, dim=0), replace(split, degree=4), replace(split, size=split.size - 1)):
+    smaller, fewer = Leaf(split.size - 1, 2), Leaf(split.size, 2, 2)
+    for other in (
+        replace(split, dim=0), replace(split, degree=4),
+        replace(split, layout=smaller), replace(split, layout=fewer),
+    ):  # fmt: skip
         outputs = tuple(None if o is None else other for o in tried.sharded.outputs)
         assert "declared" in tried.refusal(replace(tried.sharded, outputs=outputs))
 

@@ -43,6 +43,15 @@ def stored(layout: Layout, size: int, degree: int) -> Dim:
     return placed(size, held)
 
 
+@lru_cache(maxsize=1024)
+def given(layout: Layout, size: int, degree: int) -> Dim:
+    """What ranks hold of an input that the caller gives as shares: every element is on one of them."""
+    held = [layout_positions(layout, size, r) for r in range(degree)]
+    if not np.array_equal(np.unique(np.concatenate(held)), np.arange(size)):
+        raise Unproven(f"is given as {layout}: not every element by one of {degree} ranks")
+    return placed(size, held)
+
+
 def leaves(known: Held, split: SplitOutput | None, place: int) -> None:
     """An output is the whole value outside, or the share that it is declared to be."""
     if not known.is_plain:
@@ -55,15 +64,15 @@ def leaves(known: Held, split: SplitOutput | None, place: int) -> None:
         return
     if known.inside != split.degree or not 0 <= split.dim < len(known.dims):
         raise Unproven(f"output {place} is {known}, declared split over {split.degree} ranks")
-    step = -(-split.size // split.degree)
-    shares = [np.arange(min(r * step, split.size), min((r + 1) * step, split.size))
-              for r in range(split.degree)]  # fmt: skip
+    shares = [layout_positions(split.layout, split.size, r) for r in range(split.degree)]
+    if np.unique(np.concatenate(shares)).size != split.size:
+        raise Unproven(f"output {place} is declared as {split.layout}: some elements are on no rank")
     dim = known.dims[split.dim]
     others = [d for i, d in enumerate(known.dims) if i != split.dim]
     equal = isinstance(dim, Split) and dim.classes is None and dim.size == split.size
     equal = equal and all(np.array_equal(held_by(dim, r), share) for r, share in enumerate(shares))
     if not equal or not all(isinstance(d, int) for d in others):
-        raise Unproven(f"output {place} is {known}, declared as equal parts of dimension {split.dim}")
+        raise Unproven(f"output {place} is {known}, declared {split.layout} in dimension {split.dim}")
 
 
 def may_be_overwritten(node: Any) -> None:

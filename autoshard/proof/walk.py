@@ -10,6 +10,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from torch import fx
 from autoshard import ops
 from autoshard.analysis import AUTOCAST
 from autoshard.errors import UnsoundGraphError
+from autoshard.layouts import Layout
 from autoshard.proof.arguments import (
     bound,
     by_name,
@@ -29,7 +31,7 @@ from autoshard.proof.arguments import (
     same,
     writes,
 )
-from autoshard.proof.border import leaves, may_be_overwritten, may_meet, stored
+from autoshard.proof.border import given, leaves, may_be_overwritten, may_meet, stored
 from autoshard.proof.calls import Calls
 from autoshard.proof.collectives import LOOKUPS, SIMPLE
 from autoshard.proof.held import OUTSIDE, Held, Known, Number, Several
@@ -78,9 +80,10 @@ class Proof:
     """One walk, with numbers for the symbols."""
 
     def __init__(
-        self, graph: fx.Graph, sharded: Sharded, differentiable: set[str], factor: int, calls: Calls
-    ) -> None:
-        self.sharded, self.differentiable = sharded, differentiable
+        self, graph: fx.Graph, sharded: Sharded, differentiable: set[str], factor: int, calls: Calls,
+        held: Mapping[str, tuple[int, Layout, int]] = MappingProxyType({}),
+    ) -> None:  # fmt: skip
+        self.sharded, self.differentiable, self.held = sharded, differentiable, held
         self.original = {n.name: n for n in graph.nodes}
         self.order = list(graph.nodes)
         self.sizes = Sizes(graph, factor)
@@ -146,13 +149,15 @@ class Proof:
         shape = self.sizes.shape(value)
         name = str(node.target)
         gradient = name in self.differentiable
-        if name not in self.sharded.stored:
+        if name in self.held and name in self.sharded.stored:
+            raise Unproven("is stored split, and is an input that the caller gives as a share")
+        if name not in self.sharded.stored and name not in self.held:
             return Held(model, shape, OUTSIDE, gradient)
-        dim, layout, degree = self.sharded.stored[name]
+        dim, layout, degree = (self.held if name in self.held else self.sharded.stored)[name]
         if not 0 <= dim < len(shape):
             raise Unproven(f"is stored split along dimension {dim} of {list(shape)}")
         dims: list[Dim] = list(shape)
-        dims[dim] = stored(layout, shape[dim], degree)
+        dims[dim] = (given if name in self.held else stored)(layout, shape[dim], degree)
         return Held(model, tuple(dims), degree, gradient)
 
     def _output(self, node: fx.Node) -> None:
