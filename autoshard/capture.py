@@ -382,6 +382,6 @@ def _quiet() -> Iterator[None]:
 def _holds(
     program: torch.export.ExportedProgram, graph: fx.Graph, inputs: tuple[str, ...]
 ) -> Holds:
-    found = {n.name: n.meta.get("val") for n in graph.nodes if n.op == "placeholder"}
+    found = {str(n.target): n.meta.get("val") for n in graph.nodes if n.op == "placeholder"}
     ranges = {str(s): (r.lower, r.upper) for s, r in program.range_constraints.items()}
     return shape_guard([found[name] for name in inputs], ranges)

@@ -35,7 +35,9 @@ class Lines:
 
     def leave(self, share: Tensor, split: SplitOutput) -> Tensor:
         """The DTensor of which this is the rank's share."""
-        found = chunks(split.layout, split.degree)
+        # torch.compile warns of a cache.
+        of_layout = chunks.__wrapped__ if torch.compiler.is_compiling() else chunks
+        found = of_layout(split.layout, split.degree)
         assert found is not None, split
         parts, stride = found
         mesh, marks = self._line(split.degree, parts, stride)

@@ -97,14 +97,14 @@ def sources(sharded: Sharded, captured: Captured) -> tuple[Source, ...]:
         if node.op != "placeholder":
             break
         name = str(node.target)  # the name may differ: "input" is a Python builtin
-        if name in captured.parameters:
+        if node.name in layers:
+            found.append(Source("layer", layers[node.name]))
+        elif name in captured.parameters:
             found.append(Source("parameter", captured.parameters[name]))
         elif name in captured.buffers:
             found.append(Source("buffer", captured.buffers[name]))
         elif name in captured.constants:
             found.append(Source("constant", name))
-        elif name in layers:
-            found.append(Source("layer", layers[name]))
         else:
             found.append(Source("input", name, captured.inputs.index(name)))
     return tuple(found)

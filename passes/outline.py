@@ -122,8 +122,9 @@ def _layered(
             continue
         if not modules:
             for layer in dict.fromkeys(str(run.layer) for run in runs):
-                modules[layer] = new.placeholder(layer.replace(".", "_"))
-                layers[str(modules[layer].target)] = layer
+                name = layer.replace(".", "_")  # which has to be one of Python's
+                modules[layer] = new.placeholder(name if name.isidentifier() else f"layer_{name}")
+                layers[modules[layer].name] = layer
             for attribute in (n for n in graph.nodes if n.op == "get_attr"):  # a layer may use any
                 env[attribute] = new.node_copy(attribute)
         if node in first:

@@ -44,7 +44,7 @@ def prove(
     sharded: Sharded,
     differentiable_inputs: set[str],
     held: Mapping[str, tuple[int, Layout, int]] = MappingProxyType({}),
-    parameters: Mapping[str, str] = MappingProxyType({}),
+    parameters: Mapping[str, str] | None = None,
 ) -> Sharded:
     """Return the rewritten graph if it is proven to compute the original; else refuse it.
 
@@ -54,7 +54,8 @@ def prove(
         differentiable_inputs: placeholders that a gradient can flow to.
         held: inputs that the caller gives each rank its share of: (dimension, layout, degree). This is
             assumed of a call, as it is that ``sharded.stored`` says how parameters lie.
-        parameters: placeholder -> the parameter's name, by which a graph of layers takes them.
+        parameters: placeholder -> the parameter's name, by which a graph of layers takes them; without
+            them that graph is not looked at.
 
     Raises:
         UnsoundGraphError: names the first node where the proof fails, its layer, what is held there
@@ -65,7 +66,7 @@ def prove(
         Proof(graph, sharded, differentiable_inputs, factor, calls, held).run()
     if sharded.nested is not None:
         same_as_flat(sharded.nested, sharded.graph)
-    if sharded.layered is not None:
+    if sharded.layered is not None and parameters is not None:
         same_as_one(sharded.layered, sharded.runs, parameters)
     return sharded
 

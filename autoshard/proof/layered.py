@@ -75,7 +75,9 @@ class _Comparison:
         module, attribute, names, *operands = arguments
         body = self.layered.bodies[str(attribute.target)]
         placeholders = [n for n in body.nodes if n.op == "placeholder"]
-        own = [self.by_parameter[f"{env[module]}.{name}"] for name in names]
+        own = [self.by_parameter.get(f"{env[module]}.{name}") for name in names]
+        if None in own:
+            raise UnsoundGraphError(f"{call} asks {env[module]} for {names[own.index(None)]}")
         values = [*own, *(env[o] for o in operands)]
         if len(placeholders) != len(values):
             raise UnsoundGraphError(f"{call} has {len(values)} values for {len(placeholders)}")
