@@ -27,7 +27,7 @@ Column = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
 
 def share(name: str, whole: Tensor, rank: int, world: int) -> Tensor:
-    """A rank's part of a parameter of `GPT`, a view: rows, columns, heads of q, k and v, or all of it."""
+    """A rank's part of a parameter of `GPT`, a view: rows, columns, heads of q, k and v, or it all."""
     last = ".".join(name.split(".")[-2:])
     if last.startswith("qkv."):
         return whole.unflatten(0, (3, -1)).chunk(world, 1)[rank].flatten(0, 1)
@@ -89,7 +89,7 @@ class _Overlapped(torch.autograd.Function):
 
 
 class _VocabCrossEntropy(torch.autograd.Function):
-    """-log softmax(z)[y] for each token, z's classes split over the ranks; in float32, as Megatron-LM's.
+    """-log softmax(z)[y] for each token, z's classes split over the ranks; as Megatron-LM, in float32.
 
     What is kept is the rank's part of the softmax.
     """

@@ -85,13 +85,13 @@ def by_dtensors(model: GPT, device: torch.device) -> nn.Module:
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     made = UntiedGPT(model)
     head = ColwiseParallel(output_layouts=Shard(-1), use_local_output=False)
-    parallelize_module(
-        made, mesh, {"tokens": RowwiseParallel(input_layouts=Replicate()), "head": head}
-    )
+    parallelize_module(made, mesh, {"tokens": RowwiseParallel(input_layouts=Replicate()), "head": head})
     made.head.weight = made.tokens.weight  # tied: both lie by rows
     for layer in made.layers:
         columns = {name: ColwiseParallel() for name in ("qkv.q", "qkv.k", "qkv.v", "fc")}
-        parallelize_module(layer, mesh, {**columns, "proj": RowwiseParallel(), "out": RowwiseParallel()})
+        parallelize_module(
+            layer, mesh, {**columns, "proj": RowwiseParallel(), "out": RowwiseParallel()}
+        )
     return made
 
 
@@ -181,5 +181,3 @@ def by_megatron(model: GPT, device: torch.device) -> nn.Module:
             return cast(Tensor, losses).mean()
 
     return Megatron()
-
-

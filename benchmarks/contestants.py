@@ -191,9 +191,7 @@ CONTESTANTS: dict[str, Entry] = {
     "plain": Entry(_plain),
     "plain-compiled": Entry(partial(_plain, how="whole"), ranks="one"),
     "limit": Entry(partial(_autoshard, silent=True), ranks="many", checked=False),
-    "limit-compiled": Entry(
-        partial(_autoshard, how="whole", silent=True), ranks="many", checked=False
-    ),
+    "limit-compiled": Entry(partial(_autoshard, how="whole", silent=True), ranks="many", checked=False),
     "autoshard": Entry(_autoshard),
     "autoshard-compiled": Entry(partial(_autoshard, how="whole")),
     "autoshard-layers": Entry(partial(_autoshard, how="layers")),

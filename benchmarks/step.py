@@ -4,9 +4,9 @@
     python benchmarks/step.py --preset 1920x12 --only plain,autoshard-compiled,hf-gpt2
     torchrun --nproc-per-node 2 benchmarks/step.py --preset tiny --backend aot_eager   # on a CPU
 
-All contestants (`benchmarks/contestants.py`) are in memory at once and take turns: in every round each has
-one turn, in an order drawn anew, of one step that is not timed and --block steps that are, one behind
-the other. So a drift of the machine hits all alike. A turn's time is that of the slowest rank.
+All contestants (`benchmarks/contestants.py`) are in memory at once and take turns: in every round each
+has one turn, in an order drawn anew, of one step that is not timed and --block steps that are, one
+behind the other. So a drift of the machine hits all alike. A turn's time is that of the slowest rank.
 
 First, at a small size in float32, the loss and every gradient of each are compared with the whole
 model's; who fails is left out, and the exit status is 1. At full size the losses are compared too.
@@ -24,6 +24,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,39 +32,57 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 import torch._dynamo
+import torch._dynamo.utils
 import torch.distributed as dist
 
-from benchmarks.contestants import CONTESTANTS, Contestant, Setting, check, local, make, reference, that_fit
+from benchmarks.contestants import (
+    CONTESTANTS,
+    Agreement,
+    Contestant,
+    Setting,
+    check,
+    local,
+    make,
+    reference,
+    that_fit,
+)
 from benchmarks.kernels import summary, trace
 from benchmarks.live_bytes import LiveBytes
 from benchmarks.models import Shape
 from benchmarks.reporting import draw, table
 
 PRESETS = {
-    "1920x12": Shape("gpt", 1920, 15, 12, 1024, 8, 51200),
+    "1920x12": Shape("gpt", 1920, 20, 12, 1024, 8, 51200),
     "3072x8": Shape("gpt", 3072, 24, 8, 1024, 8, 51200),
     "8192x2": Shape("gpt", 8192, 64, 2, 4096, 2, 51200),
     "tiny": Shape("gpt", 64, 4, 2, 32, 2, 256),
 }
-SMALL = Shape("gpt", 128, 4, 2, 32, 2, 512)  # where contestants are compared with the whole model
+SMALL = PRESETS["tiny"]  # where contestants are compared with the whole model
 LOSSES = {torch.bfloat16: 1e-2, torch.float32: 1e-4}  # how far losses at full size may be apart
 PROFILED = 2  # steps
 
 Row = dict[str, Any]
+Log = Callable[[str], None]
+
+
+def meet(cuda: bool) -> None:
+    """Wait for this rank's GPU, and for the other ranks."""
+    if dist.is_initialized():
+        dist.barrier()
+    if cuda:
+        torch.cuda.synchronize()
 
 
 def turn(one: Contestant, block: int, cuda: bool) -> tuple[float, float]:
     """Seconds of a step, and those after which the host has enqueued it; on this rank."""
     one.step()
-    if dist.is_initialized():
-        dist.barrier()
+    meet(cuda)
     if not cuda:
         start = time.perf_counter()
         for _ in range(block):
             one.step()
         seconds = (time.perf_counter() - start) / block
         return seconds, seconds
-    torch.cuda.synchronize()
     first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     start = time.perf_counter()
     first.record()
@@ -152,39 +171,57 @@ def attempt(action: Callable[[], Any], world: int) -> tuple[Any, str | None]:
     return (None, reasons[0]) if reasons else (result, None)
 
 
-def checked(names: Sequence[str], s: Setting, log: Callable[[str], None]) -> dict[str, Row]:
-    """Each contestant at a small size against the whole model: ``agreement``, or ``left_out``."""
-    small = replace(s, shape=SMALL, dtype=torch.float32)
+def checked(names: Sequence[str], s: Setting, log: Log) -> tuple[dict[str, Row], dict[str, Contestant]]:
+    """Each contestant at a small size against the whole model.
+
+    Returns:
+        For each name ``right`` and ``agreement``, or ``left_out``; and the contestants that are to be
+        measured at just this size.
+    """
+    layers = min(SMALL.layers, s.shape.layers)
+    small = replace(s, shape=replace(SMALL, layers=layers), dtype=torch.float32)
     expected = {family: reference(family, small) for family in {CONTESTANTS[n].family for n in names}}
     found: dict[str, Row] = {}
+    kept: dict[str, Contestant] = {}
     for name in names:
         entry = CONTESTANTS[name]
         if not entry.checked:
             found[name] = {"right": None}
             continue
-        agreement, reason = attempt(
-            lambda name=name, family=entry.family: check(make(name, small), small, expected[family]),
-            s.world,
-        )
+
+        def examined(name: str = name, family: str = entry.family) -> tuple[Contestant, Agreement]:
+            made = make(name, small)
+            return made, check(made, small, expected[family])
+
+        before = graphs()
+        result, reason = attempt(examined, s.world)
         if reason is not None:
             found[name] = {"left_out": reason}
-        elif not agreement.ok:
-            wrong = f"loss off by {agreement.loss_error:.1e}, {agreement.worst}'s gradient by "
-            wrong += f"{agreement.gradient_error:.1e}, more than {agreement.tolerance:g}"
-            found[name] = {"left_out": wrong, "right": False, "agreement": asdict(agreement)}
-        else:
-            found[name] = {"right": True, "agreement": asdict(agreement)}
-        log(f"checked {name}: {found[name].get('left_out', 'as the whole model' )}")
-        torch._dynamo.reset()
-        gc.collect()
-    return found
+            log(f"left out: {name}: {reason}")
+            continue
+        made, agreement = result
+        found[name] = {"right": agreement.ok, "agreement": asdict(agreement)}
+        if not agreement.ok:
+            found[name]["left_out"] = (
+                f"loss off by {agreement.loss_error:.1e}, the gradient of {agreement.worst} by "
+                f"{agreement.gradient_error:.1e}, of {agreement.tolerance:g} allowed"
+            )
+        elif small == s:
+            kept[name] = made
+            found[name] |= since(before)
+        log(f"checked: {name}: {found[name].get('left_out', 'as the whole model')}")
+        del result, made
+        if small != s:
+            torch._dynamo.reset()
+            gc.collect()
+    return found, kept
 
 
 def measured(name: str, one: Contestant, s: Setting) -> Row:
     """Memory and kernels of a contestant; kernels of the rank that waits least for the others."""
     cuda = s.device.type == "cuda"
     peak = peak_bytes(one, s)
-    kernels = summary(trace(one.step, PROFILED, cuda), PROFILED)
+    kernels = summary(trace(one.step, partial(meet, cuda), PROFILED, cuda), PROFILED)
     one.drop_gradients()
     ranks = all_ranks({"peak_bytes": peak} | kernels, s.world)
     least = min(ranks, key=lambda r: r["communication_seconds"] or 0.0)
@@ -198,28 +235,28 @@ def run(s: Setting, names: Sequence[str], rounds: int, block: int) -> list[Row]:
         if s.rank == 0:
             print(text, file=sys.stderr, flush=True)
 
-    rows = {name: {"name": name, "family": CONTESTANTS[name].family} for name in names}
-    for name, found in checked(names, s, log).items():
-        rows[name] |= found
+    verdicts, kept = checked(names, s, log)
+    rows = {n: {"name": n, "family": CONTESTANTS[n].family, **verdicts[n]} for n in names}
     ready: dict[str, Contestant] = {}
     for name in (n for n in names if "left_out" not in rows[n]):
-        start = time.perf_counter()
 
         def first(name: str = name) -> tuple[Contestant, float]:
-            made = make(name, s)
+            made = kept.get(name) or make(name, s)
             loss = local(made.step()).item()
             made.step()
             made.drop_gradients()
             return made, loss
 
+        start, before = time.perf_counter(), graphs()
         result, reason = attempt(first, s.world)
         if reason is not None:
             rows[name]["left_out"] = reason
-            log(f"{name}: left out: {reason}")
+            log(f"left out: {name}: {reason}")
             gc.collect()
             continue
         ready[name], rows[name]["loss"] = result
         rows[name]["ready_seconds"] = time.perf_counter() - start
+        rows[name] |= {kind: n + rows[name].get(kind, 0) for kind, n in since(before).items()}
         log(f"ready: {name}, after {rows[name]['ready_seconds']:.1f} s")
     for name, (steps, host) in take_turns(ready, rounds, block, s).items():
         low, _, high = statistics.quantiles(steps, n=4) if len(steps) > 1 else steps * 3
@@ -238,6 +275,20 @@ def run(s: Setting, names: Sequence[str], rounds: int, block: int) -> list[Row]:
         row["flops_per_second"] = None if count is None else count / ranks / row["seconds"]
     compare_losses(rows, s.dtype)
     return list(rows.values())
+
+
+def graphs() -> dict[str, int]:
+    """Graphs that torch.compile has made in this process, and breaks between them."""
+    counted = torch._dynamo.utils.counters
+    return {
+        "graphs": counted["stats"]["unique_graphs"],
+        "graph_breaks": sum(counted["graph_break"].values()),
+    }
+
+
+def since(before: dict[str, int]) -> dict[str, int]:
+    """What `graphs` counted since then."""
+    return {kind: now - before[kind] for kind, now in graphs().items()}
 
 
 def compare_losses(rows: dict[str, Row], dtype: torch.dtype) -> None:
@@ -260,7 +311,9 @@ def options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=10, help="turns of each contestant")
     parser.add_argument("--block", type=int, default=3, help="timed steps of a turn")
     parser.add_argument("--backend", default="inductor", help="of torch.compile")
-    parser.add_argument("--connections", type=int, help="CUDA_DEVICE_MAX_CONNECTIONS; Megatron asks for 1")
+    parser.add_argument(
+        "--connections", type=int, help="CUDA_DEVICE_MAX_CONNECTIONS; Megatron asks for 1"
+    )
     parser.add_argument("--cpu", action="store_true", help="although there is a GPU")
     parser.add_argument("--out", type=Path, help="a file for the figures, as JSON")
     parser.add_argument("--plot", type=Path, help="a file for a picture of them; needs matplotlib")
@@ -269,7 +322,9 @@ def options(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def setting(given: argparse.Namespace) -> Setting:
     """The shape asked for, on this rank."""
-    changes = {n: getattr(given, n) for n in ("hidden", "heads", "layers", "batch", "sequence", "vocabulary")}
+    changes = {
+        n: getattr(given, n) for n in ("hidden", "heads", "layers", "batch", "sequence", "vocabulary")
+    }
     shape = replace(PRESETS[given.preset], **{n: v for n, v in changes.items() if v is not None})
     if changes["hidden"] and not changes["heads"]:
         shape = replace(shape, heads=max(1, shape.hidden // 128))
@@ -295,7 +350,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     names = given.only.split(",") if given.only else that_fit(s.world)
     wrong = [name for name in names if name not in that_fit(s.world)]
     if wrong:
-        raise SystemExit(f"{wrong[0]} is not for {s.world} ranks: choose of {', '.join(that_fit(s.world))}")
+        raise SystemExit(
+            f"{wrong[0]} is not for {s.world} ranks: choose of {', '.join(that_fit(s.world))}"
+        )
     torch._dynamo.config.recompile_limit = 1024  # layers and contestants share code
     torch._dynamo.config.accumulated_recompile_limit = 1024
     rows = run(s, names, given.rounds, given.block)

@@ -25,7 +25,7 @@ class Silent(ProcessGroupComm):
 
 
 def silence(model: ParallelModule) -> ParallelModule:
-    """Replace the groups in the rank's graph; ValueError where there are none, since nothing is split."""
+    """Replace the groups in the rank's graph; ValueError where nothing is split."""
     module = model._last.module
     groups = {n: v for n, v in vars(module).items() if isinstance(v, ProcessGroupComm)}
     if not groups:
