@@ -257,9 +257,12 @@ def run(s: Setting, names: Sequence[str], rounds: int, block: int) -> list[Row]:
         ready[name], rows[name]["loss"] = result
         rows[name]["ready_seconds"] = time.perf_counter() - start
         rows[name] |= {kind: n + rows[name].get(kind, 0) for kind, n in since(before).items()}
+        if s.device.type == "cuda":
+            gc.collect()
+            torch.cuda.empty_cache()  # of the whole model that it was made from
         log(f"ready: {name}, after {rows[name]['ready_seconds']:.1f} s")
     for name, (steps, host) in take_turns(ready, rounds, block, s).items():
-        low, _, high = statistics.quantiles(steps, n=4) if len(steps) > 1 else steps * 3
+        low, _, high = statistics.quantiles(steps, n=4, method="inclusive") if len(steps) > 1 else steps * 3
         rows[name] |= {
             "seconds": statistics.median(steps),
             "quartiles": [low, high],
