@@ -22,6 +22,7 @@ import random
 import statistics
 import sys
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from functools import partial
@@ -167,6 +168,8 @@ def attempt(action: Callable[[], Any], world: int) -> tuple[Any, str | None]:
         result = action()
     except Exception as error:
         reason = failure(error)
+        if not isinstance(error, ImportError):
+            traceback.print_exc()
     reasons = [r for r in all_ranks(reason, world) if r is not None]
     return (None, reasons[0]) if reasons else (result, None)
 
@@ -262,7 +265,9 @@ def run(s: Setting, names: Sequence[str], rounds: int, block: int) -> list[Row]:
             torch.cuda.empty_cache()  # of the whole model that it was made from
         log(f"ready: {name}, after {rows[name]['ready_seconds']:.1f} s")
     for name, (steps, host) in take_turns(ready, rounds, block, s).items():
-        low, _, high = statistics.quantiles(steps, n=4, method="inclusive") if len(steps) > 1 else steps * 3
+        low, _, high = statistics.quantiles(
+            steps * 2 if len(steps) == 1 else steps, n=4, method="inclusive"
+        )
         rows[name] |= {
             "seconds": statistics.median(steps),
             "quartiles": [low, high],
