@@ -104,6 +104,7 @@ def test_two_ranks(tmp_path: Path) -> None:
     assert rows["autoshard"]["peak_bytes"] < rows["plain"]["peak_bytes"]
 
 
+@pytest.mark.slow
 def test_one_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Models of Hugging Face beside autoshard with tp=1; the picture is drawn."""
     for name in ("WORLD_SIZE", "LOCAL_RANK"):
