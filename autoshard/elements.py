@@ -271,11 +271,19 @@ def _cast(number: Number, source: torch.dtype, target: torch.dtype) -> Number:
         if not source is target is torch.int64:
             raise Unknown(f"{number} as {target}")
         return _term(number)
-    value = torch.tensor(float(number) if isinstance(number, float) else int(number), dtype=source)
-    found = value.to(target).item()
+    found = _as(number if isinstance(number, float) else int(number), source, target)
+    return found if isinstance(found, float) else sympy.Integer(found)
+
+
+def _as(value: float, source: torch.dtype, target: torch.dtype) -> float:
+    """A number of one dtype as one of another."""
+    try:
+        found = torch.tensor(value, dtype=source).to(target).item()
+    except RuntimeError as error:
+        raise Unknown(f"{value} as {source}: {error}") from error
     if isinstance(found, complex) or found != found:
         raise Unknown(f"{found} is no real number")
-    return found if isinstance(found, float) else sympy.Integer(found)
+    return found
 
 
 def same(a: Term, b: Term) -> bool:
@@ -435,10 +443,7 @@ def _filled(elements: Elements, node: fx.Node, given: dict[str, Any], place: Pla
 def _given(elements: Elements, value: Any, dtype: torch.dtype) -> Scalar:
     """A number of Python, or a symbolic size, as an element."""
     if isinstance(value, (bool, int, float)):
-        found = torch.tensor(value, dtype=dtype).item()
-        if isinstance(found, complex) or found != found:
-            raise Unknown(f"{value} is no real number")
-        return elements.cast(found, dtype, dtype)
+        return elements.cast(_as(value, dtype, dtype), dtype, dtype)
     return elements.cast(_integer(value), torch.int64, dtype)
 
 

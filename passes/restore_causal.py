@@ -52,7 +52,7 @@ def restore_causal(graph: fx.Graph, constants: Mapping[str, Tensor]) -> fx.Graph
     """Attention under a mask that is the lower triangle, or that is true everywhere, in place.
 
     Args:
-        graph: normalized: flat, and nothing in it writes into a value that it made.
+        graph: normalized; what is written to counts as unknown.
         constants: placeholder -> value of tensors made in ``forward``.
     """
     elements = Elements(graph, constants)
