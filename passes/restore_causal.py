@@ -21,8 +21,8 @@ is written as a formula of these and of the sizes (``elements``); it is the tria
 for all 0 <= i < S, 0 <= j < S and all sizes (``inequalities``). A floating mask allows where it adds 0,
 and forbids where it adds -inf or its dtype's least number: the triangle allows every query its own key,
 so what is forbidden has the weight 0 either way. Whatever is not known ends the proof, and the mask
-stays: an input, a parameter, a buffer, more keys than queries, a window. A mask that is proven is at last
-made at some sizes and compared: this can only refuse.
+stays: an input, a parameter, a buffer, more keys than queries, a window. A mask that is proven is at
+last made at some sizes and compared: this can only refuse.
 """
 
 from __future__ import annotations

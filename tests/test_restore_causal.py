@@ -149,10 +149,11 @@ OTHER: dict[str, Make] = {
     "blocks": lambda x: torch.div(places(x)[0], 4, rounding_mode="floor") >= places(x)[1],
     "of the values": lambda x: triangle(x) | (x[:, None, :, :1] > 0),
     "by the values' sums": lambda x: triangle(x) | (x.sum() > 1e9),
-    "row by row": lambda x: places(x)[1] <= places(x)[0] + torch.arange(x.shape[0])[:, None, None, None],
+    "row by row": lambda x: places(x)[1] - places(x)[0] <= torch.arange(x.shape[0])[:, None, None, None],
     "packed at 5": lambda x: triangle(x) & ((places(x)[0] >= 5) == (places(x)[1] >= 5)),
     "a product": lambda x: places(x)[0] * places(x)[1] <= places(x)[0] * places(x)[0],
-    "-1 is the last": lambda x: torch.arange(x.shape[1])[places(x)[1] - 1] < places(x)[0] + 1,
+    "-1 is the last": lambda x: (torch.arange(x.shape[1])[places(x)[1] - 1] < places(x)[0])
+    | (places(x)[1] == places(x)[0]),
     "written in place": written_in_place,  # a triangle; what is written to is not followed
     "written later": written_later,
     "in 8 bits": lambda x: places(x)[1].to(torch.int8) <= places(x)[0].to(torch.int8),
