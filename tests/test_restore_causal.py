@@ -149,7 +149,8 @@ OTHER: dict[str, Make] = {
     "blocks": lambda x: torch.div(places(x)[0], 4, rounding_mode="floor") >= places(x)[1],
     "of the values": lambda x: triangle(x) | (x[:, None, :, :1] > 0),
     "by the values' sums": lambda x: triangle(x) | (x.sum() > 1e9),
-    "row by row": lambda x: places(x)[1] - places(x)[0] <= torch.arange(x.shape[0])[:, None, None, None],
+    "row by row": lambda x: (places(x)[1] - places(x)[0])[None]
+    <= torch.arange(x.shape[0])[:, None, None, None],
     "packed at 5": lambda x: triangle(x) & ((places(x)[0] >= 5) == (places(x)[1] >= 5)),
     "a product": lambda x: places(x)[0] * places(x)[1] <= places(x)[0] * places(x)[0],
     "-1 is the last": lambda x: (torch.arange(x.shape[1])[places(x)[1] - 1] < places(x)[0])
