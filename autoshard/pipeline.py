@@ -1,7 +1,8 @@
 """The pipeline: what happens to a model, top to bottom.
 
-capture -> inline -> functionalize -> normalize -> (rearrange_norms) -> assign_axes -> match
--> (workload -> costs, for degree="auto") -> assign_degrees -> shard -> checkpoint -> outline -> prove
+capture -> inline -> functionalize -> normalize -> (rearrange_norms) -> restore_causal
+-> assign_axes -> match -> (workload -> costs, for degree="auto") -> assign_degrees
+-> shard -> checkpoint -> outline -> prove
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from autoshard.passes.normalize import normalize
 from autoshard.passes.outline import outline
 from autoshard.passes.prove import placements, prove
 from autoshard.passes.rearrange_norms import rearrange_norms
+from autoshard.passes.restore_causal import restore_causal
 from autoshard.passes.shard import shard
 from autoshard.planning import Costs, planned
 from autoshard.plans import Plan
@@ -120,6 +122,7 @@ def _analysed(
                 graph = rearrange_norms(graph, captured.parameters, captured.inputs)
                 reference = fx.Graph()
                 reference.output(reference.graph_copy(graph, {}))
+            graph = restore_causal(graph, captured.constants)
         with stages.stage("axes"):
             axes = assign_axes(graph, captured.parameters, captured.inputs, captured.held)
             norms = decompose_norms(graph, axes) if tp > 1 else []
