@@ -14,7 +14,7 @@ from torch import fx
 
 from autoshard import ops
 from autoshard.errors import UnsoundGraphError
-from autoshard.proof.arguments import same
+from autoshard.proof.steps import proven_call
 from autoshard.sharded import Layered
 
 
@@ -60,15 +60,7 @@ class _Comparison:
             raise UnsoundGraphError("the graph of layers is shorter than the proven one")
 
     def _step(self, node: fx.Node, env: dict[Any, Any]) -> fx.Node:
-        proven = next(self.expected, None)
-        given = fx.map_arg((node.args, node.kwargs), lambda n: env[n])
-        if (
-            proven is None
-            or (node.op, node.target) != (proven.op, proven.target)
-            or not same(given, (proven.args, proven.kwargs))
-        ):
-            raise UnsoundGraphError(f"{node} among layers is not the proven {proven}")
-        return proven
+        return proven_call(node, env, self.expected, "layers")
 
     def _layer(self, call: fx.Node, env: dict[Any, Any]) -> Any:
         arguments: Any = call.args

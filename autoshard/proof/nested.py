@@ -17,7 +17,8 @@ from torch import fx
 from autoshard import ops
 from autoshard.errors import UnsoundGraphError
 from autoshard.memory import Overwritten
-from autoshard.proof.arguments import same, writes
+from autoshard.proof.arguments import writes
+from autoshard.proof.steps import proven_call
 from autoshard.sharded import Nested
 
 DRAWN: dict[Any, int] = {ops.with_stream: 0, ops.with_autocast: 1}  # which argument is the group
@@ -56,15 +57,7 @@ class _Comparison:
             )
 
     def _step(self, node: fx.Node, env: dict[Any, Any]) -> fx.Node:
-        proven = next(self.expected, None)
-        given = fx.map_arg((node.args, node.kwargs), lambda n: env[n])
-        if (
-            proven is None
-            or (node.op, node.target) != (proven.op, proven.target)
-            or not same(given, (proven.args, proven.kwargs))
-        ):
-            raise UnsoundGraphError(f"{node} among parts computed again is not the proven {proven}")
-        return proven
+        return proven_call(node, env, self.expected, "parts computed again")
 
     def _part(self, call: fx.Node, env: dict[Any, Any]) -> list[Any]:
         arguments: Any = call.args
