@@ -207,20 +207,6 @@ def test_layers_compile_one_at_a_time() -> None:
     run_distributed(_one_layer_at_a_time, 2, timeout=300)
 
 
-@pytest.mark.slow
-def test_inductor() -> None:
-    """The default backend compiles it in one graph."""
-    ids = _ids(2, 16)
-    tp_model = autoshard.parallelize(_model("gpt2").train(), 1, {"input_ids": ids, "labels": ids})
-    expected = tp_model(input_ids=ids, labels=ids).loss
-    expected.backward()
-    gradients = _gradients(tp_model)
-    loss = torch.compile(tp_model, fullgraph=True)(input_ids=ids, labels=ids).loss
-    loss.backward()
-    torch.testing.assert_close(loss, expected)
-    torch.testing.assert_close(_gradients(tp_model), gradients, rtol=1e-4, atol=1e-5)
-
-
 def test_bits_are_even_and_independent() -> None:
     """Every bit is 1 half of the time, and equal to that of another call or seed half of the time."""
     words = torch.tensor([123456789, -987654321])
