@@ -30,10 +30,11 @@ from typing import Any
 
 from torch import fx
 
-from autoshard import ops
+from autoshard import ops, shares
 from autoshard.paths import layer_call, layer_of
 from autoshard.sharded import Layered, Sharded
 
+ENTERING = (ops.copy, shares.local_part, shares.pad_to)  # named after what they are made of
 OUTSIDE = ("placeholder", "get_attr", "output")
 
 
@@ -78,18 +79,33 @@ class _Run:
 def _runs(graph: fx.Graph) -> Iterator[_Run]:
     """The graph's calls, cut where another call of a layer begins.
 
-    A node that was traced nowhere stays with those before it.
+    A node that was traced nowhere, or brings a value into a group, goes with the next layer, if that is
+    where it is used first; else it stays with those before it.
     """
     run = _Run(None)
-    for node in graph.nodes:
-        if node.op in OUTSIDE:
-            continue
-        call = layer_call(node) if node.meta.get("nn_module_stack") else run.call
+    nodes = [n for n in graph.nodes if n.op not in OUTSIDE]
+    order = {node: place for place, node in enumerate(nodes)}
+    following: dict[fx.Node, tuple[str, ...] | None] = {}  # the call of the next node that has one
+    call = None
+    for node in reversed(nodes):
+        call = layer_call(node) if _traced(node) else call
+        following[node] = call
+    for node in nodes:
+        call = run.call
+        if _traced(node):
+            call = layer_call(node)
+        elif users := [user for user in node.users if user in order]:
+            if following[min(users, key=order.__getitem__)] == following[node]:
+                call = following[node]
         if call != run.call:
             yield run
             run = _Run(call)
         run.nodes.append(node)
     yield run
+
+
+def _traced(node: fx.Node) -> bool:
+    return bool(node.meta.get("nn_module_stack")) and node.target not in ENTERING
 
 
 def _owned(graph: fx.Graph, runs: list[_Run], parameters: Mapping[str, str]) -> dict[fx.Node, str]:
