@@ -23,7 +23,7 @@ class Layer(nn.Module):
 
     def forward(self, body: Callable[..., Any], names: tuple[str, ...], *operands: Any) -> Any:
         """``body`` on this rank's shares of the parameters `names`, then the operands."""
-        own = parameters.local({name: find(self, name) for name in names})
+        own = parameters.local({name: find(self, name) for name in names}, together=True)
         if not torch.compiler.is_compiling():
             return body(*own.values(), *operands)
         tensor = next(x for x in (*own.values(), *operands) if isinstance(x, Tensor))

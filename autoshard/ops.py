@@ -26,6 +26,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
+from autoshard import kernels
 from autoshard.failures import Line, line_of_graph
 from autoshard.groups import Group
 from autoshard.random_streams import checkpoint_contexts
@@ -392,16 +393,23 @@ class _VocabCrossEntropy(torch.autograd.Function):
     ) -> Tensor:
         dim, dtype = split.dim, token_weight.dtype
         own = split.own(logits)
-        if split.width:
+        in_kernel = not smoothing and kernels.fit(logits, dim, split.width)
+        if in_kernel:
+            largest, log_sum, picked = kernels.statistics(logits, split.width, target, split.start)
+        elif split.width:
             largest = own.amax(dim).to(dtype)
         else:
             largest = token_weight.new_full(target.shape, -torch.inf)
         maximum = split.group.all_reduce(largest, "max")
 
-        picked = torch.zeros_like(largest)
-        log_sum = torch.zeros_like(largest)  # log s_r
+        if in_kernel:
+            _, inside = split.local(target)
+            picked = torch.where(inside, picked - maximum, 0)
+        else:
+            picked = torch.zeros_like(largest)
+            log_sum = torch.zeros_like(largest)  # log s_r
         spread = torch.zeros_like(largest)
-        if split.width:
+        if split.width and not in_kernel:
             place, inside = split.local(target)
             picked = torch.where(inside, own.gather(dim, place).squeeze(dim) - maximum, 0)
             for some in _parts(own, dim):
@@ -434,8 +442,11 @@ class _VocabCrossEntropy(torch.autograd.Function):
         mass = split.classes if weight is None else weight.sum()
         hit = torch.where(valid, (1 - smoothing) * token_weight * dloss, 0)
         spread = torch.where(valid, smoothing / split.classes * dloss, 0)
-        scale = ((hit + mass * spread) / total).unsqueeze(dim)
-        maximum = maximum.unsqueeze(dim)
+        scale = (hit + mass * spread) / total
+        if not smoothing and kernels.fit(logits, dim, split.width):
+            dz = kernels.gradient(logits, split.width, target, split.start, maximum, scale, hit)
+            return dz, None, None, None, None, None, None
+        scale, maximum = scale.unsqueeze(dim), maximum.unsqueeze(dim)
         if torch.compiler.is_compiling():
             dz = _one_expression(split, logits, target, maximum, scale, hit, spread, weight)
             return dz, None, None, None, None, None, None

@@ -50,8 +50,11 @@ def as_dtensor(share: Tensor, shape: torch.Size, stored: Stored | None, mesh: Me
     )
 
 
-def local(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The shares that the graph computes on; gradients flow back into the DTensors, layer by layer."""
+def local(parameters: Mapping[str, Tensor], together: bool = False) -> dict[str, Tensor]:
+    """The shares that the graph computes on; gradients flow back into the DTensors, layer by layer.
+
+    together: they are one layer's, and their gradients come when all of them are there.
+    """
     found = dict(parameters)
     layers: dict[str, dict[str, DTensor]] = {}
     for name, parameter in parameters.items():
@@ -60,7 +63,8 @@ def local(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
                 found[name] = parameter.to_local()
             else:
                 path = name.rpartition(".")[0]
-                layers.setdefault(layer_of(path) or path, {})[name] = parameter
+                layer = "" if together else layer_of(path) or path
+                layers.setdefault(layer, {})[name] = parameter
     for layer in layers.values():
         found.update(zip(layer, shares(list(layer.values())), strict=True))
     return found

@@ -111,7 +111,7 @@ def by_megatron(model: GPT, device: torch.device) -> nn.Module:
 
     world = dist.get_world_size()
     if not parallel_state.model_parallel_is_initialized():
-        parallel_state.initialize_model_parallel(world)
+        parallel_state.initialize_model_parallel(world, create_gloo_process_groups=False)
     model_parallel_cuda_manual_seed(0)
     weight = model.tokens.weight
     config = ModelParallelConfig(

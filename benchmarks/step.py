@@ -3,6 +3,7 @@
     torchrun --nproc-per-node 2 benchmarks/step.py --preset 3072x8 --out FILE.json --plot FILE.png
     python benchmarks/step.py --preset 1920x12 --only plain,autoshard-compiled,hf-gpt2
     torchrun --nproc-per-node 2 benchmarks/step.py --preset tiny --backend aot_eager   # on a CPU
+    python benchmarks/step.py --preset 1920x12 --alone 2       # one GPU as one rank of two
 
 All contestants (`benchmarks/contestants.py`) are in memory at once and take turns: in every round each
 has one turn, in an order drawn anew, of one step that is not timed and --block steps that are, one
@@ -147,11 +148,11 @@ def flops(shape: Shape, family: str) -> int | None:
     return 6 * tokens * (matrices + shape.layers * shape.sequence * shape.hidden)
 
 
-def all_ranks(value: Any, world: int) -> list[Any]:
-    """The value of every rank."""
-    if world == 1:
+def all_ranks(value: Any, s: Setting) -> list[Any]:
+    """The value of every rank that is there."""
+    if s.world == 1 or s.alone:
         return [value]
-    found: list[Any] = [None] * world
+    found: list[Any] = [None] * s.world
     dist.all_gather_object(found, value)
     return found
 
@@ -161,7 +162,7 @@ def failure(error: BaseException) -> str:
     return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:300]}"
 
 
-def attempt(action: Callable[[], Any], world: int) -> tuple[Any, str | None]:
+def attempt(action: Callable[[], Any], s: Setting) -> tuple[Any, str | None]:
     """The action's result; where it failed on any rank, None and why, on all ranks."""
     result, reason = None, None
     try:
@@ -170,7 +171,7 @@ def attempt(action: Callable[[], Any], world: int) -> tuple[Any, str | None]:
         reason = failure(error)
         if not isinstance(error, ImportError):
             traceback.print_exc()
-    reasons = [r for r in all_ranks(reason, world) if r is not None]
+    reasons = [r for r in all_ranks(reason, s) if r is not None]
     return (None, reasons[0]) if reasons else (result, None)
 
 
@@ -183,12 +184,13 @@ def checked(names: Sequence[str], s: Setting, log: Log) -> tuple[dict[str, Row],
     """
     layers = min(SMALL.layers, s.shape.layers)
     small = replace(s, shape=replace(SMALL, layers=layers), dtype=torch.float32)
-    expected = {family: reference(family, small) for family in {CONTESTANTS[n].family for n in names}}
+    families = set() if s.alone else {CONTESTANTS[n].family for n in names}
+    expected = {family: reference(family, small) for family in families}
     found: dict[str, Row] = {}
     kept: dict[str, Contestant] = {}
     for name in names:
         entry = CONTESTANTS[name]
-        if not entry.checked:
+        if s.alone or not entry.checked:
             found[name] = {"right": None}
             continue
 
@@ -197,7 +199,7 @@ def checked(names: Sequence[str], s: Setting, log: Log) -> tuple[dict[str, Row],
             return made, check(made, small, expected[family])
 
         before = graphs()
-        result, reason = attempt(examined, s.world)
+        result, reason = attempt(examined, s)
         if reason is not None:
             found[name] = {"left_out": reason}
             log(f"left out: {name}: {reason}")
@@ -226,7 +228,7 @@ def measured(name: str, one: Contestant, s: Setting) -> Row:
     peak = peak_bytes(one, s)
     kernels = summary(trace(one.step, partial(meet, cuda), PROFILED, cuda), PROFILED)
     one.drop_gradients()
-    ranks = all_ranks({"peak_bytes": peak} | kernels, s.world)
+    ranks = all_ranks({"peak_bytes": peak} | kernels, s)
     least = min(ranks, key=lambda r: r["communication_seconds"] or 0.0)
     return {**least, "peak_bytes": None if peak is None else max(r["peak_bytes"] for r in ranks)}
 
@@ -251,7 +253,7 @@ def run(s: Setting, names: Sequence[str], rounds: int, block: int) -> list[Row]:
             return made, loss
 
         start, before = time.perf_counter(), graphs()
-        result, reason = attempt(first, s.world)
+        result, reason = attempt(first, s)
         if reason is not None:
             rows[name]["left_out"] = reason
             log(f"left out: {name}: {reason}")
@@ -322,6 +324,7 @@ def options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--connections", type=int, help="CUDA_DEVICE_MAX_CONNECTIONS; Megatron asks for 1"
     )
+    parser.add_argument("--alone", type=int, metavar="N", help="be one of N ranks, the others missing")
     parser.add_argument("--cpu", action="store_true", help="although there is a GPU")
     parser.add_argument("--out", type=Path, help="a file for the figures, as JSON")
     parser.add_argument("--plot", type=Path, help="a file for a picture of them; needs matplotlib")
@@ -341,12 +344,17 @@ def setting(given: argparse.Namespace) -> Setting:
     if cuda:
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
-    if "WORLD_SIZE" in os.environ and not dist.is_initialized():
+    if given.alone:
+        from torch.testing._internal.distributed.fake_pg import FakeStore
+
+        dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=given.alone)
+    elif "WORLD_SIZE" in os.environ and not dist.is_initialized():
         dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None)
     dtype = torch.bfloat16 if cuda else torch.float32
     if not dist.is_initialized():
         return Setting(shape, device, dtype, given.backend)
-    return Setting(shape, device, dtype, given.backend, dist.get_rank(), dist.get_world_size())
+    return Setting(shape, device, dtype, given.backend, dist.get_rank(), dist.get_world_size(),
+                   alone=given.alone is not None)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -368,6 +376,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "device": torch.cuda.get_device_name() if s.device.type == "cuda" else "cpu",
         "torch": torch.__version__,
         "tp": s.world,
+        "alone": s.alone,
         "dtype": str(s.dtype).removeprefix("torch."),
         "backend": s.backend,
         "connections": os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS"),
