@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Literal, Protocol, TypeVar, cast
 
 import torch
@@ -22,6 +23,10 @@ _REDUCE_OPS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}
 
 def _wait(x: Tensor) -> Tensor:
     return cast(Tensor, _functional.wait_tensor(x))
+
+
+def _nothing() -> None:
+    pass
 
 
 class Group(Protocol):
@@ -50,6 +55,9 @@ class Group(Protocol):
         contiguous `x` is overwritten and returned, which saves one copy.
         """
 
+    def start_all_reduce(self, x: Tensor) -> Callable[[], None]:
+        """Begin to overwrite the contiguous `x` with the sum; what is called before it is used."""
+
     def all_gather(self, x: Tensor) -> list[Tensor]:
         """Every rank's `x`, by coordinate."""
 
@@ -66,6 +74,10 @@ class SingleGroup:
     def all_reduce(self, x: Tensor, op: ReduceOp = "sum", *, inplace: bool = False) -> Tensor:
         """`x` itself."""
         return x
+
+    def start_all_reduce(self, x: Tensor) -> Callable[[], None]:
+        """Nothing."""
+        return _nothing
 
     def all_gather(self, x: Tensor) -> list[Tensor]:
         """`[x]`."""
@@ -110,6 +122,18 @@ class ProcessGroupComm:
             dist.all_reduce(x, _REDUCE_OPS[op], group=self.process_group)
         self._note("all-reduce", x)
         return x
+
+    def start_all_reduce(self, x: Tensor) -> Callable[[], None]:
+        """One all-reduce, on NCCL's own stream; waiting lets the current stream wait."""
+        with failures.explained("all-reduce", self.ranks):
+            work = dist.all_reduce(x, group=self.process_group, async_op=True)
+
+        def wait() -> None:
+            with failures.explained("all-reduce", self.ranks):
+                work.wait()
+            self._note("all-reduce", x)
+
+        return wait
 
     def all_gather(self, x: Tensor) -> list[Tensor]:
         """One all-gather into one buffer, of which the results are views."""

@@ -21,7 +21,7 @@ _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 try:
     import triton
-    import triton.language as tl
+    import triton.language as tl  # type: ignore[import-untyped]
 except ImportError:  # a build of PyTorch for CPUs
     triton = None
 
@@ -31,7 +31,7 @@ def _on_gpu(x: Tensor) -> bool:
 
 
 def fit(logits: Tensor, class_dim: int, width: int) -> bool:
-    """Whether the kernels take these logits: [tokens, classes] on a GPU, of one dtype that they know."""
+    """Whether the kernels take these logits: [tokens, classes] on a GPU, of a dtype they know."""
     if triton is None or torch.compiler.is_compiling() or not _on_gpu(logits):
         return False
     shaped = logits.dim() == 2 and class_dim == 1 and logits.stride(1) == 1
@@ -78,10 +78,10 @@ def _device_of(x: Tensor) -> Any:
 
 if triton is not None:
 
-    @triton.jit
-    def _statistics(
+    @triton.jit  # type: ignore[untyped-decorator]
+    def _statistics(  # type: ignore[no-untyped-def]
         z, stride, width, target, start, largest, log_sum, picked, BLOCK: tl.constexpr
-    ):  # type: ignore[no-untyped-def]  # fmt: skip
+    ):
         row = tl.program_id(0).to(tl.int64)
         z += row * stride
         place = tl.arange(0, BLOCK)
@@ -103,10 +103,10 @@ if triton is not None:
         tl.store(log_sum + row, tl.log(total))
         tl.store(picked + row, tl.load(z + own, mask=here, other=0.0).to(tl.float32))
 
-    @triton.jit
-    def _gradient(
+    @triton.jit  # type: ignore[untyped-decorator]
+    def _gradient(  # type: ignore[no-untyped-def]
         z, stride, width, classes, target, start, maximum, scale, hit, result, BLOCK: tl.constexpr
-    ):  # type: ignore[no-untyped-def]  # fmt: skip
+    ):
         row = tl.program_id(0).to(tl.int64)
         place = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
         inside = place < width

@@ -237,7 +237,7 @@ def _apply(function: type[torch.autograd.Function], *args: Any) -> Tensor:
     return cast(Tensor, function.apply(*args))
 
 
-def _line() -> Line | None:
+def line() -> Line | None:
     """Which line of the graph this is, for the error where the backward's collective fails."""
     return None if torch.compiler.is_compiling() else line_of_graph()
 
@@ -259,7 +259,7 @@ def _check_indices(indices: Tensor, size: int, name: str, of: str) -> None:
 class _Copy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
-        ctx.group, ctx.line = group, _line()
+        ctx.group, ctx.line = group, line()
         return x.view_as(x)
 
     @staticmethod
@@ -311,7 +311,7 @@ class _Gather(torch.autograd.Function):
 class _Scatter(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, dim: int, group: Group) -> Tensor:
-        ctx.dim, ctx.group, ctx.line = dim, group, _line()
+        ctx.dim, ctx.group, ctx.line = dim, group, line()
         size = x.shape[dim] // group.degree
         # A copy, so that the whole `x` is not kept alive by its slice.
         return x.narrow(dim, group.coordinate * size, size).clone(memory_format=torch.contiguous_format)

@@ -63,8 +63,8 @@ def local(parameters: Mapping[str, Tensor], together: bool = False) -> dict[str,
                 found[name] = parameter.to_local()
             else:
                 path = name.rpartition(".")[0]
-                layer = "" if together else layer_of(path) or path
-                layers.setdefault(layer, {})[name] = parameter
+                of = "" if together else layer_of(path) or path
+                layers.setdefault(of, {})[name] = parameter
     for layer in layers.values():
         found.update(zip(layer, shares(list(layer.values())), strict=True))
     return found

@@ -2,7 +2,7 @@
 
 capture -> inline -> functionalize -> normalize -> (rearrange_norms) -> restore_causal
 -> assign_axes -> match -> (workload -> costs, for degree="auto") -> assign_degrees
--> shard -> checkpoint -> outline -> prove
+-> shard -> checkpoint -> outline -> fuse -> prove
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from autoshard.passes.assign_degrees import Request
 from autoshard.passes.checkpoint import checkpoint
 from autoshard.passes.decompose_norms import decompose_norms, fuse_unsplit
 from autoshard.passes.functionalize import functionalize
+from autoshard.passes.fuse import fuse
 from autoshard.passes.inline import inline
 from autoshard.passes.match import match
 from autoshard.passes.match_alone import match_alone
@@ -162,7 +163,7 @@ def rewrite(
         with stages.stage("shard"):
             sharded = shard(analysis.graph, analysis.axes, assignment, keep_split)
             sharded = checkpoint(sharded, layers_again)
-            sharded = outline(sharded, analysis.names)
+            sharded = fuse(outline(sharded, analysis.names))
         with stages.stage("prove"):
             held = program.captured.held
             prove(analysis.graph, sharded, _differentiable(analysis), held, analysis.names)

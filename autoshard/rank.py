@@ -12,6 +12,7 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from autoshard import layouts, ops
+from autoshard.bindings import bind
 from autoshard.capture import Captured
 from autoshard.failures import know
 from autoshard.groups import Group
@@ -32,12 +33,9 @@ def rank_module(sharded: Sharded, group: Callable[[int], Group], flat: bool = Fa
 
 
 def layered_module(sharded: Sharded, group: Callable[[int], Group]) -> fx.GraphModule:
-    """The graph of layers with its groups bound, where there is one: over the values of `sources`."""
-    layered, nested = sharded.layered, sharded.nested
-    if layered is None:
-        return rank_module(sharded, group)
-    bodies = {} if nested is None else nested.bodies
-    return _bound(layered.graph, {**bodies, **layered.bodies}, group)
+    """What runs, with its groups bound: over the values of `sources`."""
+    runs = sharded.fused or sharded.unfused
+    return _bound(bind(runs.graph), {n: bind(body) for n, body in runs.bodies.items()}, group)
 
 
 def _bound(

@@ -59,6 +59,19 @@ class Layered:
 
 
 @dataclass(frozen=True)
+class Fused:
+    """What runs: matmuls and their collectives are one call where they follow each other.
+
+    Attributes:
+        graph: of the layers where there are any.
+        bodies: attribute -> graph, of layers and of parts that are computed again.
+    """
+
+    graph: fx.Graph
+    bodies: Mapping[str, fx.Graph]
+
+
+@dataclass(frozen=True)
 class Sharded:
     """The rank's graph.
 
@@ -69,7 +82,8 @@ class Sharded:
         degrees: degrees of the groups that the graph uses.
         nested: the same graph, node for node, with the parts whose activations are computed again as
             graphs of their own; None where there are none.
-        layered: what runs, with every repeated layer as a graph of its own; None where there are none.
+        layered: the same with every repeated layer as a graph of its own; None where there are none.
+        fused: what runs; None where nothing was fused.
     """
 
     graph: fx.Graph
@@ -78,6 +92,15 @@ class Sharded:
     degrees: tuple[int, ...]
     nested: Nested | None = None
     layered: Layered | None = None
+    fused: Fused | None = None
+
+    @property
+    def unfused(self) -> Fused:
+        """The graph with all that it calls, as proven."""
+        nested = {} if self.nested is None else dict(self.nested.bodies)
+        if self.layered is None:
+            return Fused(self.runs, nested)
+        return Fused(self.layered.graph, {**nested, **self.layered.bodies})
 
     @property
     def runs(self) -> fx.Graph:
@@ -88,7 +111,7 @@ class Sharded:
     def graphs(self) -> tuple[fx.Graph, ...]:
         """Every graph that is kept, the flat one first."""
         found = [self.graph]
-        for other in (self.nested, self.layered):
+        for other in (self.nested, self.layered, self.fused):
             if other is not None:
                 found += [other.graph, *other.bodies.values()]
         return tuple(found)

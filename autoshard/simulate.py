@@ -111,6 +111,11 @@ class ThreadGroup:
                 result = result.add_(other) if op == "sum" else _maximum_(result, other)
         return result
 
+    def start_all_reduce(self, x: Tensor) -> Callable[[], None]:
+        """The sum is there when this returns."""
+        self.all_reduce(x, inplace=True)
+        return lambda: None
+
     def all_gather(self, x: Tensor) -> list[Tensor]:
         """Copies of every rank's tensor."""
         return [y.clone() for y in self._meeting.exchange(self._rank, "all_gather", x)]

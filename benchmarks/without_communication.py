@@ -6,6 +6,8 @@ split model takes beyond this is communication, whether it shows as waiting or a
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import Tensor
 
 from autoshard import ParallelModule
@@ -18,6 +20,10 @@ class Silent(ProcessGroupComm):
     def all_reduce(self, x: Tensor, op: ReduceOp = "sum", *, inplace: bool = False) -> Tensor:
         """This rank's own `x`; nothing is copied either."""
         return x.detach()
+
+    def start_all_reduce(self, x: Tensor) -> Callable[[], None]:
+        """Nothing."""
+        return lambda: None
 
     def all_gather(self, x: Tensor) -> list[Tensor]:
         """This rank's own `x` for every rank."""

@@ -31,6 +31,7 @@ from torch import fx
 from autoshard.layouts import Layout
 from autoshard.proof.calls import Calls
 from autoshard.proof.held import Held
+from autoshard.proof.fused import same_as_unfused
 from autoshard.proof.layered import same_as_one
 from autoshard.proof.nested import same_as_flat
 from autoshard.proof.walk import Proof
@@ -68,6 +69,7 @@ def prove(
         same_as_flat(sharded.nested, sharded.graph)
     if sharded.layered is not None and parameters is not None:
         same_as_one(sharded.layered, sharded.runs, parameters)
+    same_as_unfused(sharded)
     return sharded
 
 

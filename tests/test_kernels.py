@@ -1,9 +1,10 @@
-"""The kernels of the cross entropy, run by Triton's interpreter: the same values as PyTorch's operators."""
+"""The kernels of the cross entropy, run by Triton's interpreter: the values are PyTorch's."""
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -15,22 +16,21 @@ from autoshard import kernels, ops
 from autoshard.simulate import RankContext, run_ranks
 from tests.test_ops import CASE, check_loss, grad_of, losses
 
-
 LOCK = threading.Lock()  # the interpreter is for one thread at a time
 
 
 @pytest.fixture(autouse=True)
 def in_kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Tensors count as those of a GPU (tests/conftest.py has Triton interpret); both kernels are used."""
+    """Tensors count as those of a GPU: Triton interprets (tests/conftest.py). Both kernels are used."""
     used = set()
+
+    def alone(name: str, kernel: Any, *args: Any) -> Any:
+        with LOCK:
+            used.add(name)
+            return kernel(*args)
+
     for name in ("statistics", "gradient"):
-
-        def alone(*args: Any, kernel: Any = getattr(kernels, name), name: str = name) -> Any:
-            with LOCK:
-                used.add(name)
-                return kernel(*args)
-
-        monkeypatch.setattr(kernels, name, alone)
+        monkeypatch.setattr(kernels, name, partial(alone, name, getattr(kernels, name)))
     monkeypatch.setattr(kernels, "_on_gpu", lambda x: True)
     monkeypatch.setattr(kernels, "BLOCK", 4)  # several to a row
     yield

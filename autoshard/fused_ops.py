@@ -1,0 +1,147 @@
+"""What runs in place of several calls of the proven graph: a matmul together with its collective.
+
+    op              the calls that it replaces
+    column_linear   copy, then a linear for each weight      (arXiv 1909.08053, figure 3: f and A)
+    row_linear      a linear, reduce, and the bias           (B and g)
+
+In the backward pass of `column_linear` the all-reduce of the input's gradient runs while the weights'
+gradients are computed. `row_linear` lets the first rank's GEMM add the bias, which the sum then holds
+once: one pass over the result fewer.
+
+Both take a weight as `F.linear` does, [out, in], or transposed, [in, out], as `addmm` does.
+Under torch.compile and under autocast they are the calls that they replace.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from autoshard import ops
+from autoshard.groups import Group
+
+
+def column_linear(
+    x: Tensor,
+    group: Group,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    transposed: bool,
+) -> tuple[Tensor, ...]:
+    """`y_i = x W_i + b_i` of a whole `x`, whose gradient is summed over the ranks.
+
+        dx = sum over ranks of sum_i dy_i W_iᵀ,  dW_i = xᵀ dy_i,  db_i = sum over tokens of dy_i
+
+    x: [..., in]. Returns [..., out_i] for each weight.
+    """
+    if _apart(x):
+        x = ops.copy(x, group)
+        return tuple(_product(x, w, b, transposed) for w, b in zip(weights, biases, strict=True))
+    function: Any = _ColumnLinear
+    return cast(
+        tuple[Tensor, ...], function.apply(x, group, transposed, len(weights), *weights, *biases)
+    )
+
+
+def row_linear(
+    x: Tensor, group: Group, weight: Tensor, bias: Tensor | None, transposed: bool
+) -> Tensor:
+    """`y = sum over ranks of x W, + b`; `dx = dy Wᵀ, dW = xᵀ dy, db = sum over tokens of dy`.
+
+    x: [..., in], this rank's share of the contraction. Returns [..., out], the same on every rank.
+    """
+    if _apart(x):
+        y = ops.reduce(_product(x, weight, None, transposed), group, True)
+        return y if bias is None else y + bias
+    function: Any = _RowLinear
+    return cast(Tensor, function.apply(x, group, transposed, weight, bias))
+
+
+def _apart(x: Tensor) -> bool:
+    """Whether PyTorch has to see the calls themselves: to trace them, or to cast their operands."""
+    return torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type)
+
+
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool) -> Tensor:
+    if not transposed:
+        return F.linear(x, weight, bias)
+    return torch.mm(x, weight) if bias is None else torch.addmm(bias, x, weight)
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+
+
+def _of_weight(x: Tensor, dy: Tensor, transposed: bool) -> Tensor:
+    return x.t() @ dy if transposed else dy.t() @ x
+
+
+class _ColumnLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, group: Group, transposed: bool, count: int, *operands: Any
+    ) -> tuple[Tensor, ...]:
+        weights, biases = operands[:count], operands[count:]
+        ctx.group, ctx.transposed, ctx.count, ctx.line = group, transposed, count, ops.line()
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, *weights)
+        return tuple(_product(x, w, b, transposed) for w, b in zip(weights, biases, strict=True))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *given: Tensor | None) -> tuple[Tensor | None, ...]:
+        x, *weights = ctx.saved_tensors
+        grads = [None if dy is None else _rows(dy) for dy in given]
+        needed = ctx.needs_input_grad
+        dx: Tensor | None = None
+        wait: Callable[[], None] | None = None
+        if needed[0]:
+            for dy, weight in zip(grads, weights, strict=True):
+                if dy is not None:
+                    other = weight.t() if ctx.transposed else weight
+                    dx = torch.mm(dy, other) if dx is None else dx.addmm_(dy, other)
+            if dx is not None:
+                dx = dx.view(x.shape)
+                wait = ctx.group.start_all_reduce(dx)
+        rows = _rows(x)
+        of_weights = [
+            _of_weight(rows, dy, ctx.transposed) if need and dy is not None else None
+            for dy, need in zip(grads, needed[4 : 4 + ctx.count], strict=True)
+        ]
+        of_biases = [
+            dy.sum(0) if need and dy is not None else None
+            for dy, need in zip(grads, needed[4 + ctx.count :], strict=True)
+        ]
+        if wait is not None:
+            wait()
+        return dx, None, None, None, *of_weights, *of_biases
+
+
+class _RowLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, group: Group, transposed: bool, weight: Tensor, bias: Tensor | None
+    ) -> Tensor:
+        ctx.transposed = transposed
+        ctx.save_for_backward(x, weight)
+        partial = _product(x, weight, bias if group.coordinate == 0 else None, transposed)
+        return group.all_reduce(partial, inplace=True)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        needed, dy = ctx.needs_input_grad, _rows(dy)
+        dx = dweight = dbias = None
+        if needed[0]:
+            dx = torch.mm(dy, weight.t() if ctx.transposed else weight).view(x.shape)
+        if needed[3]:
+            dweight = _of_weight(_rows(x), dy, ctx.transposed)
+        if needed[4]:
+            dbias = dy.sum(0)
+        return dx, None, None, dweight, dbias

@@ -1,0 +1,177 @@
+"""Fuse: a matmul and the collective beside it become one call, in what runs.
+
+Before (one MLP, at degree 2)::
+
+    norm_copy = ops.copy(norm, tp2)
+    fc = aten.linear(norm_copy, w1, b1)
+    act = aten.gelu(fc)
+    out = aten.linear(act, w2)
+    out_reduce = ops.reduce(out, tp2, True)
+    out_add = aten.add(out_reduce, b2)
+
+After::
+
+    norm_copy = fused_ops.column_linear(norm, tp2, (w1,), (b1,), False)
+    fc = operator.getitem(norm_copy, 0)
+    act = aten.gelu(fc)
+    out_reduce = fused_ops.row_linear(act, tp2, w2, b2, False)
+
+The graph that people read stays as it is. Fused is what is certain to be worth it and to be the same:
+
+- all uses of a copy are matmuls by parameters, in one layout: q, k and v of separate weights are one
+  call, with one sum for the three gradients of their input;
+- a matmul by a parameter is used by an in-place sum alone, and that by an addition of a parameter with
+  one dimension alone, if by any: the bias of the model's own operator, in the weight's dtype.
+
+``proof/fused.py`` puts the calls back and compares with the proven graph.
+"""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import fx
+
+from autoshard import fused_ops, ops
+from autoshard.sharded import Fused, Sharded
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A matmul by a parameter."""
+
+    x: Any
+    weight: fx.Node
+    bias: fx.Node | None
+    transposed: bool
+
+
+def fuse(sharded: Sharded) -> Sharded:
+    """The rank's graph with what runs, where anything can be fused; ``graph`` is unchanged."""
+    before = sharded.unfused
+    graphs = {name: _fused(body) for name, body in before.bodies.items()}
+    graph = _fused(before.graph)
+    if graph is None and not any(graphs.values()):
+        return sharded
+    bodies = {name: made or before.bodies[name] for name, made in graphs.items()}
+    return replace(sharded, fused=Fused(graph or before.graph, bodies))
+
+
+def linear_of(node: Any) -> Linear | None:
+    """The node as a matmul by a parameter; None where it is something else."""
+    if not isinstance(node, fx.Node) or node.kwargs:
+        return None
+    args: tuple[Any, ...] = node.args
+    if node.target is aten.linear.default:
+        found = Linear(args[0], args[1], args[2] if len(args) > 2 else None, False)
+    elif node.target is aten.mm.default:
+        found = Linear(args[0], args[1], None, True)
+    elif node.target is aten.addmm.default:
+        found = Linear(args[1], args[2], args[0], True)
+    else:
+        return None
+    parameters = _is_parameter(found.weight, 2) and (found.bias is None or _is_parameter(found.bias, 1))
+    return found if parameters and found.x not in (found.weight, found.bias) else None
+
+
+def _is_parameter(node: Any, dim: int) -> bool:
+    """A placeholder of so many dimensions: it is there wherever the call is put."""
+    if not isinstance(node, fx.Node) or node.op != "placeholder":
+        return False
+    value = node.meta.get("val")
+    return isinstance(value, torch.Tensor) and value.dim() == dim
+
+
+def _fused(graph: fx.Graph) -> fx.Graph | None:
+    """The graph with fused calls; None where there are none."""
+    rows = {r.nodes[1]: r for n in graph.nodes if (r := _row(n)) is not None}
+    gone = {node for row in rows.values() for node in row.nodes}
+    columns = {n: c for n in graph.nodes if (c := _column(n, gone)) is not None}
+    if not rows and not columns:
+        return None
+    placed = {linear: (copy, i) for copy, found in columns.items() for i, linear in enumerate(found)}
+    new = fx.Graph()
+    env: dict[fx.Node, fx.Node] = {}
+    for node in graph.nodes:
+        if node in columns:
+            env[node] = _emit_column(new, node, list(columns[node]), env)
+        elif node in placed:
+            copy, place = placed[node]
+            env[node] = new.create_node(
+                "call_function", operator.getitem, (env[copy], place), {}, name=node.name
+            )
+        elif node in rows:
+            env[node] = env[rows[node].nodes[-1]] = _emit_row(new, rows[node], env)
+        elif node in gone:
+            continue
+        else:
+            env[node] = new.node_copy(node, lambda n: env[n])
+        env[node].meta = dict(node.meta)
+    new.lint()
+    return new
+
+
+@dataclass(frozen=True)
+class _Row:
+    nodes: tuple[fx.Node, ...]  # the matmul, the sum, and the addition of the bias
+    linear: Linear
+    bias: fx.Node | None
+
+
+def _row(node: fx.Node) -> _Row | None:
+    """The calls that begin with this matmul."""
+    linear = linear_of(node)
+    total = _only_user(node)
+    if linear is None or linear.bias is not None or total is None or total.target is not ops.reduce:
+        return None
+    if total.args[2:] != (True,):
+        return None
+    add = _only_user(total)
+    if add is not None and add.target is aten.add.Tensor and not add.kwargs and add.args[0] is total:
+        bias: Any = add.args[1]
+        if _is_parameter(bias, 1) and _dtype(bias) == _dtype(linear.weight) is not None:
+            return _Row((node, total, add), linear, bias)
+    return _Row((node, total), linear, None)
+
+
+def _column(node: fx.Node, gone: set[fx.Node]) -> tuple[fx.Node, ...] | None:
+    """The matmuls that are all the uses of a copy, in the order of the graph."""
+    if node.target is not ops.copy or not node.users or gone & node.users.keys():
+        return None
+    found = [linear_of(user) for user in node.users]
+    if any(one is None or one.x is not node for one in found):
+        return None
+    layouts = {one.transposed for one in found if one is not None}
+    return tuple(node.users) if len(layouts) == 1 else None
+
+
+def _only_user(node: fx.Node) -> fx.Node | None:
+    return next(iter(node.users)) if len(node.users) == 1 else None
+
+
+def _dtype(node: fx.Node) -> torch.dtype | None:
+    value = node.meta.get("val")
+    return value.dtype if isinstance(value, torch.Tensor) else None
+
+
+def _emit_column(
+    new: fx.Graph, copy: fx.Node, linears: list[fx.Node], env: dict[fx.Node, fx.Node]
+) -> fx.Node:
+    found = [one for one in map(linear_of, linears) if one is not None]
+    weights = tuple(one.weight for one in found)
+    biases = tuple(one.bias for one in found)
+    x, group = copy.args
+    args = fx.map_arg((x, group, weights, biases, found[0].transposed), lambda n: env[n])
+    return new.create_node("call_function", fused_ops.column_linear, args, {}, name=copy.name)
+
+
+def _emit_row(new: fx.Graph, row: _Row, env: dict[fx.Node, fx.Node]) -> fx.Node:
+    total = row.nodes[1]
+    given = (row.linear.x, total.args[1], row.linear.weight, row.bias, row.linear.transposed)
+    args = fx.map_arg(given, lambda n: env[n])
+    return new.create_node("call_function", fused_ops.row_linear, args, {}, name=total.name)
