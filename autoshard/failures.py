@@ -136,8 +136,13 @@ def _of_line(line: Line, way: str) -> Place:
     return Place(f"the {way} of a graph") if node is None else _of_node(node, way)
 
 
+# Fused calls, by the collective that the graph has which people read.
+_COMMUNICATES_AS = {"column_linear": "copy", "row_linear": "reduce"}
+
+
 def _of_node(node: fx.Node, way: str) -> Place:
-    target = getattr(node.target, "__name__", node.target)
+    target = str(getattr(node.target, "__name__", node.target))
+    target = _COMMUNICATES_AS.get(target, target)
     # What enters a layer was made by the one before.
     users = list(node.users) if target in ("copy", "scatter") else []
     return Place(f"the {way} of {target}", module_path(users[0] if users else node), node.name)

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from autoshard import failures, pending
+from autoshard.compat import all_reduce, start_all_reduce
 from autoshard.random_streams import RandomStream
 
 ReduceOp = Literal["sum", "max"]
@@ -18,7 +19,6 @@ T = TypeVar("T")
 _functional = torch.ops._c10d_functional
 # torch 2.13 gave all_gather_into_tensor this name.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-_REDUCE_OPS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}
 
 
 def _wait(x: Tensor) -> Tensor:
@@ -109,7 +109,7 @@ class ProcessGroupComm:
     def _note(self, collective: str, x: Tensor) -> None:
         """On a GPU Python only enqueues: somebody else has to see whether it ends."""
         if x.is_cuda:
-            pending.note(collective, self.ranks, self.process_group)
+            pending.note(collective, self.ranks, self.process_group, x.get_device())
 
     def all_reduce(self, x: Tensor, op: ReduceOp = "sum", *, inplace: bool = False) -> Tensor:
         """One all-reduce."""
@@ -119,14 +119,14 @@ class ProcessGroupComm:
         if not (inplace and x.is_contiguous()):
             x = x.clone(memory_format=torch.contiguous_format)
         with failures.explained("all-reduce", self.ranks):
-            dist.all_reduce(x, _REDUCE_OPS[op], group=self.process_group)
+            all_reduce(x, op, self.process_group)
         self._note("all-reduce", x)
         return x
 
     def start_all_reduce(self, x: Tensor) -> Callable[[], None]:
         """One all-reduce, on NCCL's own stream; waiting lets the current stream wait."""
         with failures.explained("all-reduce", self.ranks):
-            work = dist.all_reduce(x, group=self.process_group, async_op=True)
+            work = start_all_reduce(x, self.process_group)
 
         def wait() -> None:
             with failures.explained("all-reduce", self.ranks):

@@ -21,7 +21,7 @@ _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 try:
     import triton
-    import triton.language as tl  # type: ignore[import-untyped]
+    import triton.language as tl
 except ImportError:  # a build of PyTorch for CPUs
     triton = None
 

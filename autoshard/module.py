@@ -26,6 +26,7 @@ from autoshard.agreement import InputCheck
 from autoshard.caches import Counters, Given, Traced
 from autoshard.capture import Captured, alone, hollowed, tied_names
 from autoshard.capture import skeleton as make_skeleton
+from autoshard.compat import share_specs
 from autoshard.errors import AutoshardError
 from autoshard.finite import FiniteWatch
 from autoshard.huggingface import body_prefix
@@ -475,6 +476,7 @@ class ParallelModule(nn.Module):
                 made[first] = nn.Parameter(value, requires_grad=hollow.requires_grad)
             module, last = container(self, skeleton, name)
             module.register_parameter(last, made[first])  # type: ignore[arg-type]
+        share_specs(made.values())
         for name, _ in skeleton.named_buffers(remove_duplicate=False):
             first = self._names[name]
             if first not in made:

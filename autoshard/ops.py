@@ -402,16 +402,13 @@ class _VocabCrossEntropy(torch.autograd.Function):
             largest = token_weight.new_full(target.shape, -torch.inf)
         maximum = split.group.all_reduce(largest, "max")
 
-        if in_kernel:
-            _, inside = split.local(target)
-            picked = torch.where(inside, picked - maximum, 0)
-        else:
-            picked = torch.zeros_like(largest)
+        if not in_kernel:
+            picked = torch.zeros_like(largest)  # z of the target, 0 where that is elsewhere
             log_sum = torch.zeros_like(largest)  # log s_r
-        spread = torch.zeros_like(largest)
+            spread = torch.zeros_like(largest)
         if split.width and not in_kernel:
             place, inside = split.local(target)
-            picked = torch.where(inside, own.gather(dim, place).squeeze(dim) - maximum, 0)
+            picked = torch.where(inside, own.gather(dim, place).squeeze(dim), 0).to(dtype)
             for some in _parts(own, dim):
                 # log_softmax of the largest logit is -log s_r, and one fused kernel gives it.
                 log_sum[some] = -F.log_softmax(own[some], dim, dtype=dtype).amax(dim)
@@ -423,6 +420,7 @@ class _VocabCrossEntropy(torch.autograd.Function):
         local = torch.where(largest == -torch.inf, 0, (largest - maximum + log_sum).exp())
         sums = [picked, local, spread] if smoothing else [picked, local]
         picked, total, *smooth = split.group.all_reduce(torch.stack(sums), inplace=True).unbind()
+        picked = picked - maximum  # exact, where the two are near each other
 
         log_total = total.log()
         loss = (1 - smoothing) * token_weight * (log_total - picked)

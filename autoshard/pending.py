@@ -22,7 +22,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from autoshard.compat import timeout_of
+from autoshard.compat import record, timeout_of
 from autoshard.errors import CollectiveError
 from autoshard.failures import GRACE, INTERVAL, Line, explanation, place_of, way_and_line
 
@@ -49,13 +49,15 @@ _free: list[torch.cuda.Event] = []  # events that have ended: making one takes l
 _watch: _Watch | None = None
 
 
-def note(collective: str, ranks: Sequence[int], group: dist.ProcessGroup) -> None:
+def note(
+    collective: str, ranks: Sequence[int], group: dist.ProcessGroup, device: int
+) -> None:
     """A collective was enqueued on the current stream. Not within a CUDA graph's capture."""
     global _watch
     if torch.cuda.is_current_stream_capturing():
         return
     end = _free.pop() if _free else torch.cuda.Event()
-    end.record()
+    record(end, device)
     way, line = way_and_line(depth=3)  # from all_reduce, which calls _note, which calls this
     _issued.append(_Issued(end, collective, ranks, group, way, line, time.monotonic()))
     if _watch is None or not _watch.thread.is_alive():

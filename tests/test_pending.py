@@ -125,7 +125,7 @@ def test_slow_collectives_are_waited_for() -> None:
 def test_nothing_is_noted_within_a_cuda_graph(monkeypatch: pytest.MonkeyPatch) -> None:
     """An event that belongs to a captured graph cannot be asked."""
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    pending.note("all-reduce", [0, 1], SimpleNamespace())  # type: ignore[arg-type]
+    pending.note("all-reduce", [0, 1], SimpleNamespace(), 0)  # type: ignore[arg-type]
     assert not pending._issued
 
 
@@ -143,7 +143,7 @@ def noted() -> list[str]:
     """The places of a step's collectives, noted as if tensors were on a GPU."""
 
     def note(self: ProcessGroupComm, collective: str, x: torch.Tensor) -> None:
-        pending.note(collective, self.ranks, self.process_group)
+        pending.note(collective, self.ranks, self.process_group, 0)
 
     x = torch.randn(3, 8, requires_grad=True)
     tp_model = autoshard.parallelize(Stack(), 2, (x,), degree="max", check_inputs=False)
@@ -151,6 +151,7 @@ def noted() -> list[str]:
         mock.patch.object(ProcessGroupComm, "_note", note),
         mock.patch.object(torch.cuda, "Event", Recorded),
         mock.patch.object(torch.cuda, "is_current_stream_capturing", lambda: False),
+        mock.patch.object(pending, "record", lambda event, device: event.record()),
         mock.patch.object(pending, "_Watch"),
     ):
         tp_model(x).sum().backward()
