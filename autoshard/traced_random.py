@@ -47,7 +47,13 @@ def register(stream: Stream) -> int:
     return number
 
 
-@torch.library.custom_op("autoshard::draw", mutates_args=(), tags=(torch.Tag.nondeterministic_seeded,))
+# What Python does once a step, and a CUDA graph would not repeat: drawing words, seeding a generator.
+_UNSAFE = torch.Tag.cudagraph_unsafe
+
+
+@torch.library.custom_op(
+    "autoshard::draw", mutates_args=(), tags=(torch.Tag.nondeterministic_seeded, _UNSAFE)
+)
 def draw(number: int, device: torch.device) -> Tensor:
     """Two words of a stream: int64 [2], each in [-2^31, 2^31), on the CPU."""
     return torch.tensor(_streams[number].fresh(device))
@@ -168,7 +174,7 @@ def _attention(
     return out
 
 
-@torch.library.custom_op("autoshard::attention", mutates_args=())
+@torch.library.custom_op("autoshard::attention", mutates_args=(), tags=(_UNSAFE,))
 def attention(
     words: Tensor,
     site: int,
@@ -196,7 +202,7 @@ def _(
     return query.new_empty((*query.shape[:-1], value.shape[-1]))
 
 
-@torch.library.custom_op("autoshard::attention_backward", mutates_args=())
+@torch.library.custom_op("autoshard::attention_backward", mutates_args=(), tags=(_UNSAFE,))
 def attention_backward(
     grad: Tensor,
     words: Tensor,

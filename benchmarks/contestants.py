@@ -148,9 +148,12 @@ def _hugging_face(family: str, shape: Shape) -> nn.Module:
 
 
 def _compiled(s: Setting, model: nn.Module, how: str) -> Callable[..., Any]:
-    """`model`, or it compiled in one graph, or with each of its repeated layers compiled."""
+    """`model`; or it compiled in one graph, that also as CUDA graphs; or each repeated layer compiled."""
     if how == "whole":
         return torch.compile(model, **s.compiling)
+    if how == "graphs":
+        mode = {"mode": "reduce-overhead"} if s.backend == "inductor" else {}
+        return torch.compile(model, **s.compiling, **mode)
     if how == "layers":
         lists = [m for m in model.modules() if isinstance(m, nn.ModuleList)]
         if not lists:
@@ -198,6 +201,8 @@ CONTESTANTS: dict[str, Entry] = {
     "limit-compiled": Entry(partial(_autoshard, how="whole", silent=True), ranks="many", checked=False),
     "autoshard": Entry(_autoshard),
     "autoshard-compiled": Entry(partial(_autoshard, how="whole")),
+    "limit-graphs": Entry(partial(_autoshard, how="graphs", silent=True), ranks="many", checked=False),
+    "autoshard-graphs": Entry(partial(_autoshard, how="graphs")),
     "autoshard-layers": Entry(partial(_autoshard, how="layers")),
     "hand": Entry(_hand, ranks="many"),
     "hand-layers": Entry(partial(_hand, how="layers"), ranks="many"),

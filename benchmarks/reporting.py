@@ -27,7 +27,7 @@ def cells(rows: Sequence[Row]) -> list[list[str]]:
         if "seconds" not in row:
             continue
         # A compiled one is compared with the compiled limit; every family with its own model.
-        compiled = row["name"].endswith(("-compiled", "-layers"))
+        compiled = row["name"].endswith(("-compiled", "-layers", "-graphs"))
         plain = "plain" if row["family"] == "gpt" else row["family"]
         lines.append([
             row["name"],

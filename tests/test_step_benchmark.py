@@ -42,7 +42,7 @@ def _rows(path: Path, wanted: list[str]) -> dict[str, Any]:
         low, high = row["quartiles"]
         assert min(row["turns"]) <= low <= row["seconds"] <= high <= max(row["turns"])
         assert row["host_seconds"] > 0
-        compiled = name.endswith(("-compiled", "-layers"))
+        compiled = name.endswith(("-compiled", "-layers", "-graphs"))
         assert (row["graphs"] > 0) == compiled, name
         if compiled:
             assert row["peak_bytes"] is None
