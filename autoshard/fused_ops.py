@@ -2,11 +2,12 @@
 
     op              the calls that it replaces
     column_linear   copy, then a linear for each weight      (arXiv 1909.08053, figure 3: f and A)
-    row_linear      a linear, reduce, and the bias           (B and g)
+    row_linear      a linear, reduce, and the bias           (B and g); several that are added up
 
 In the backward pass of `column_linear` the all-reduce of the input's gradient runs while the weights'
-gradients are computed. `row_linear` lets the first rank's GEMM add the bias, which the sum then holds
-once: one pass over the result fewer.
+gradients are computed. `row_linear` lets the first rank add the bias before the sum, which then holds
+it once: one pass over the result fewer. Where results are added (attention and MLP side by side), what
+ranks have is added first, and summed over them once: sum_r a_r + sum_r b_r = sum_r (a_r + b_r).
 
 Both take a weight as `F.linear` does, [out, in], or transposed, [in, out], as `addmm` does.
 Under torch.compile and under autocast they are the calls that they replace.
@@ -15,6 +16,7 @@ Under torch.compile and under autocast they are the calls that they replace.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import reduce
 from typing import Any, cast
 
 import torch
@@ -49,17 +51,27 @@ def column_linear(
 
 
 def row_linear(
-    x: Tensor, group: Group, weight: Tensor, bias: Tensor | None, transposed: bool
+    xs: Sequence[Tensor],
+    group: Group,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    transposed: bool,
 ) -> Tensor:
-    """`y = sum over ranks of x W, + b`; `dx = dy Wᵀ, dW = xᵀ dy, db = sum over tokens of dy`.
+    """`y = sum_i (sum over ranks of x_i W_i, + b_i)`.
 
-    x: [..., in], this rank's share of the contraction. Returns [..., out], the same on every rank.
+        dx_i = dy W_iᵀ,  dW_i = x_iᵀ dy,  db_i = sum over tokens of dy
+
+    xs: [..., in_i], this rank's shares of the contractions. Returns [..., out], the same on every rank.
     """
-    if _apart(x):
-        y = ops.reduce(_product(x, weight, None, transposed), group, True)
-        return y if bias is None else y + bias
+    if _apart(xs[0]):
+        parts = [
+            ops.reduce(_product(x, w, None, transposed), group, True)
+            for x, w in zip(xs, weights, strict=True)
+        ]
+        parts = [y if b is None else y + b for y, b in zip(parts, biases, strict=True)]
+        return reduce(torch.add, parts)
     function: Any = _RowLinear
-    return cast(Tensor, function.apply(x, group, transposed, weight, bias))
+    return cast(Tensor, function.apply(group, transposed, len(xs), *xs, *weights, *biases))
 
 
 def _apart(x: Tensor) -> bool:
@@ -124,24 +136,29 @@ class _ColumnLinear(torch.autograd.Function):
 
 class _RowLinear(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, group: Group, transposed: bool, weight: Tensor, bias: Tensor | None
-    ) -> Tensor:
-        ctx.transposed = transposed
-        ctx.save_for_backward(x, weight)
-        partial = _product(x, weight, bias if group.coordinate == 0 else None, transposed)
-        return group.all_reduce(partial, inplace=True)
+    def forward(ctx: Any, group: Group, transposed: bool, count: int, *operands: Any) -> Tensor:
+        xs, weights, biases = (operands[i * count : (i + 1) * count] for i in range(3))
+        ctx.transposed, ctx.count = transposed, count
+        ctx.save_for_backward(*xs, *weights)
+        first = [b if group.coordinate == 0 else None for b in biases]
+        y = _product(xs[0], weights[0], first[0], transposed)
+        rows = _rows(y)
+        for x, weight, bias in zip(xs[1:], weights[1:], first[1:], strict=True):
+            rows.addmm_(_rows(x), weight if transposed else weight.t())
+            if bias is not None:
+                rows.add_(bias)
+        return group.all_reduce(y, inplace=True)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight = ctx.saved_tensors
-        needed, dy = ctx.needs_input_grad, _rows(dy)
-        dx = dweight = dbias = None
-        if needed[0]:
-            dx = torch.mm(dy, weight.t() if ctx.transposed else weight).view(x.shape)
-        if needed[3]:
-            dweight = _of_weight(_rows(x), dy, ctx.transposed)
-        if needed[4]:
-            dbias = dy.sum(0)
-        return dx, None, None, dweight, dbias
+        n, saved, dy = ctx.count, ctx.saved_tensors, _rows(dy)
+        of_x, of_weight, of_bias = (ctx.needs_input_grad[3 + i * n : 3 + (i + 1) * n] for i in range(3))
+        dxs, dweights = [], []
+        for i, (x, weight) in enumerate(zip(saved[:n], saved[n:], strict=True)):
+            other = weight.t() if ctx.transposed else weight
+            dxs.append(torch.mm(dy, other).view(x.shape) if of_x[i] else None)
+            dweights.append(_of_weight(_rows(x), dy, ctx.transposed) if of_weight[i] else None)
+        dbias = dy.sum(0) if any(of_bias) else None
+        dbiases = [dbias if needed else None for needed in of_bias]
+        return None, None, None, *dxs, *dweights, *dbiases

@@ -14,14 +14,15 @@ After::
     norm_copy = fused_ops.column_linear(norm, tp2, (w1,), (b1,), False)
     fc = operator.getitem(norm_copy, 0)
     act = aten.gelu(fc)
-    out_reduce = fused_ops.row_linear(act, tp2, w2, b2, False)
+    out_add = fused_ops.row_linear((act,), tp2, (w2,), (b2,), False)
 
 The graph that people read stays as it is. Fused is what is certain to be worth it and to be the same:
 
 - all uses of a copy are matmuls by parameters, in one layout: q, k and v of separate weights are one
   call, with one sum for the three gradients of their input;
 - a matmul by a parameter is used by an in-place sum alone, and that by an addition of a parameter with
-  one dimension alone, if by any: the bias of the model's own operator, in the weight's dtype.
+  one dimension alone, if by any: the bias of the model's own operator, in the weight's dtype;
+- two of these, used by their addition alone (attention and MLP side by side), are one, with one sum.
 
 ``proof/fused.py`` puts the calls back and compares with the proven graph.
 """
@@ -89,7 +90,7 @@ def _is_parameter(node: Any, dim: int) -> bool:
 
 def _fused(graph: fx.Graph) -> fx.Graph | None:
     """The graph with fused calls; None where there are none."""
-    rows = {r.nodes[1]: r for n in graph.nodes if (r := _row(n)) is not None}
+    rows = _rows(graph)
     gone = {node for row in rows.values() for node in row.nodes}
     columns = {n: c for n in graph.nodes if (c := _column(n, gone)) is not None}
     if not rows and not columns:
@@ -106,7 +107,7 @@ def _fused(graph: fx.Graph) -> fx.Graph | None:
                 "call_function", operator.getitem, (env[copy], place), {}, name=node.name
             )
         elif node in rows:
-            env[node] = env[rows[node].nodes[-1]] = _emit_row(new, rows[node], env)
+            env[node] = _emit_row(new, rows[node], env)
         elif node in gone:
             continue
         else:
@@ -118,9 +119,37 @@ def _fused(graph: fx.Graph) -> fx.Graph | None:
 
 @dataclass(frozen=True)
 class _Row:
-    nodes: tuple[fx.Node, ...]  # the matmul, the sum, and the addition of the bias
-    linear: Linear
-    bias: fx.Node | None
+    """Calls that are one: matmuls, their sums, the additions of biases, and of all of these."""
+
+    nodes: tuple[fx.Node, ...]
+    linears: tuple[Linear, ...]
+    biases: tuple[fx.Node | None, ...]
+    group: Any
+
+    @property
+    def last(self) -> fx.Node:
+        return self.nodes[-1]
+
+
+def _rows(graph: fx.Graph) -> dict[fx.Node, _Row]:
+    """By their last calls; additions of two are joined in the order of the graph."""
+    rows = {row.last: row for node in graph.nodes if (row := _row(node)) is not None}
+    for node in graph.nodes:
+        if node.target is not aten.add.Tensor or node.kwargs or len(set(node.args)) != 2:
+            continue
+        first, second = (rows.get(x) if isinstance(x, fx.Node) else None for x in node.args)
+        if first is None or second is None or first.group is not second.group:
+            continue
+        if len(second.linears) > 1:  # sums are taken from the left
+            continue
+        layouts = {linear.transposed for linear in (*first.linears, *second.linears)}
+        if len(layouts) == 1 and all(_only_user(row.last) is node for row in (first, second)):
+            del rows[first.last], rows[second.last]
+            rows[node] = _Row(
+                (*first.nodes, *second.nodes, node), first.linears + second.linears,
+                first.biases + second.biases, first.group,
+            )  # fmt: skip
+    return rows
 
 
 def _row(node: fx.Node) -> _Row | None:
@@ -135,8 +164,8 @@ def _row(node: fx.Node) -> _Row | None:
     if add is not None and add.target is aten.add.Tensor and not add.kwargs and add.args[0] is total:
         bias: Any = add.args[1]
         if _is_parameter(bias, 1) and _dtype(bias) == _dtype(linear.weight) is not None:
-            return _Row((node, total, add), linear, bias)
-    return _Row((node, total), linear, None)
+            return _Row((node, total, add), (linear,), (bias,), total.args[1])
+    return _Row((node, total), (linear,), (None,), total.args[1])
 
 
 def _column(node: fx.Node, gone: set[fx.Node]) -> tuple[fx.Node, ...] | None:
@@ -171,7 +200,8 @@ def _emit_column(
 
 
 def _emit_row(new: fx.Graph, row: _Row, env: dict[fx.Node, fx.Node]) -> fx.Node:
-    total = row.nodes[1]
-    given = (row.linear.x, total.args[1], row.linear.weight, row.bias, row.linear.transposed)
+    xs, weights = tuple(n.x for n in row.linears), tuple(n.weight for n in row.linears)
+    given = (xs, row.group, weights, row.biases, row.linears[0].transposed)
     args = fx.map_arg(given, lambda n: env[n])
+    total = next(n for n in reversed(row.nodes) if n.target is ops.reduce)
     return new.create_node("call_function", fused_ops.row_linear, args, {}, name=total.name)

@@ -30,8 +30,8 @@ from torch import fx
 
 from autoshard.layouts import Layout
 from autoshard.proof.calls import Calls
-from autoshard.proof.held import Held
 from autoshard.proof.fused import same_as_unfused
+from autoshard.proof.held import Held
 from autoshard.proof.layered import same_as_one
 from autoshard.proof.nested import same_as_flat
 from autoshard.proof.walk import Proof

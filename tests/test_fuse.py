@@ -3,6 +3,7 @@ proof that refuses every other fusion."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -13,7 +14,10 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, fx, nn
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.debug import CommDebugMode
 
+import autoshard
 from autoshard import fused_ops, ops
 from autoshard.bindings import BINDINGS, bind
 from autoshard.errors import UnsoundGraphError
@@ -23,6 +27,7 @@ from autoshard.pipeline import analyse, rewrite
 from autoshard.proof.fused import same_as_unfused
 from autoshard.sharded import Sharded
 from autoshard.simulate import RankContext, run_ranks
+from tests.distributed import run_distributed
 
 aten = torch.ops.aten
 
@@ -84,7 +89,7 @@ def test_what_is_fused(sharded: Sharded) -> None:
         given: Any = [c.args for c in columns]
         assert [(len(weights), layout) for _, _, weights, _, layout in given] == [(3, False), (1, True)]
         assert [b is not None for b in given[0][3]] == [False, True, False]
-        assert [(r.args[3] is not None, r.args[4]) for r in rows] == [(True, False), (True, True)]
+        assert [(r.args[3][0] is not None, r.args[4]) for r in rows] == [(True, False), (True, True)]
         left = (ops.copy, ops.reduce, aten.linear.default, aten.addmm.default, aten.mm.default)
         assert not [n for target in left for n in calls(body, target)]
         assert rows[0].name.endswith("_reduce") and columns[0].name.endswith("_copy")
@@ -135,7 +140,7 @@ def _sum_twice(graph: fx.Graph) -> None:
 
 
 FAULTS: dict[str, Callable[[fx.Graph], None]] = {
-    "no bias": _set(fused_ops.row_linear, 3, 0, lambda args: None),
+    "no bias": _set(fused_ops.row_linear, 3, 0, lambda args: (None,)),
     "another weight": _set(fused_ops.row_linear, 2, 0, lambda args: args[0]),
     "other layout": _set(fused_ops.row_linear, 4, 0, lambda args: True),
     "exchanged": _set(fused_ops.column_linear, 2, 0, _swap),
@@ -166,15 +171,19 @@ def test_the_proof_asks_for_every_part(sharded: Sharded) -> None:
 
 
 def test_effects_keep_their_order() -> None:
-    """Two sums that do not depend on each other, in the other order: refused."""
+    """Two draws that do not depend on each other, in the other order: refused."""
 
     def graph(exchanged: bool) -> fx.Graph:
         made = fx.Graph()
         x, group = made.placeholder("x"), made.create_node("get_attr", "tp2", name="tp2")
         names = ["b", "a"] if exchanged else ["a", "b"]
         halves = {n: made.call_function(aten.mul.Tensor, (x, 2 + (n == "a"))) for n in "ab"}
-        sums = {n: made.call_function(ops.reduce, (halves[n], group)) for n in names}
-        made.output((sums["a"], sums["b"]))
+        drop = (aten.dropout.default, 0.5, True)
+        drawn = {
+            n: made.call_function(ops.with_stream, (group, drop[0], halves[n], *drop[1:]))
+            for n in names
+        }
+        made.output((drawn["a"], drawn["b"]))
         return made
 
     proven = Sharded(graph(False), {}, (None, None), (2,))
@@ -185,6 +194,66 @@ def test_effects_keep_their_order() -> None:
                 same_as_unfused(replace(proven, fused=fused))
         else:
             same_as_unfused(replace(proven, fused=fused))
+
+
+class ParallelBlock(Block):
+    """Attention's and the MLP's results added to the residual at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w3, self.down = nn.Linear(16, 32), nn.Linear(32, 16)
+        del self.w1, self.w2, self.b1, self.b2
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [B, S, 16] -> [B, S, 16]."""
+        y = self.norm(x)
+        q, k, v = (m(y).unflatten(-1, (4, 4)).transpose(1, 2) for m in (self.q, self.k, self.v))
+        a = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        return self.proj(a) + self.down(F.gelu(self.w3(y))) + x
+
+
+class Parallel(Model):
+    """Two such blocks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(ParallelBlock() for _ in range(2))
+
+
+def test_results_that_are_added_are_summed_once() -> None:
+    """One all-reduce a layer forward and one backward; loss and gradients are the model's."""
+    torch.manual_seed(0)
+    model, x = Parallel(), torch.randn(2, 5, 16)
+    program = analyse(model, (x,), {}, 2)
+    sharded = rewrite(program, 2, "max")[1]
+    assert sharded.fused is not None
+    for name in ("layer_0", "layer_1"):
+        body = sharded.fused.bodies[name]
+        (row,), (column,) = calls(body, fused_ops.row_linear), calls(body, fused_ops.column_linear)
+        given: Any = row.args
+        assert len(given[0]) == 2 and [b is not None for b in given[3]] == [True, True]
+        assert len(column.args[2]) == 4  # type: ignore[arg-type]
+        assert not calls(body, ops.reduce) and not calls(body, ops.copy)
+    same_as_unfused(sharded)
+    assert run_distributed(_parallel_blocks, 2, timeout=120) == [4, 4]
+
+
+def _parallel_blocks() -> int:
+    """All-reduces of a step on one of two ranks, whose loss and gradients are the model's."""
+    torch.manual_seed(0)
+    model, x = Parallel(), torch.randn(2, 5, 16)
+    whole = copy.deepcopy(model)
+    whole(x).backward()
+    split = autoshard.parallelize(model, 2, (x,), degree="max", device="cpu", check_inputs=False)
+    with CommDebugMode() as seen:
+        loss = split(x)
+        loss.backward()
+    torch.testing.assert_close(loss, whole(x))
+    for name, parameter in split.named_parameters():
+        assert isinstance(parameter.grad, DTensor)
+        expected = whole.get_parameter(name).grad
+        torch.testing.assert_close(parameter.grad.full_tensor(), expected, msg=lambda m, n=name: n + m)
+    return seen.get_total_counts()
 
 
 def _unfused_where(change: Callable[[fx.Graph], None], sharded: Sharded) -> fx.Graph:
@@ -230,7 +299,7 @@ def test_what_is_not_fused(sharded: Sharded) -> None:
         bias.meta["val"] = bias.meta["val"].double()
 
     body = _unfused_where(other_dtype, sharded)
-    assert calls(body, fused_ops.row_linear)[0].args[3] is None
+    assert calls(body, fused_ops.row_linear)[0].args[3] == (None,)
 
     def residual(graph: fx.Graph) -> None:
         add = next(iter(calls(graph, ops.reduce)[0].users))
@@ -238,7 +307,7 @@ def test_what_is_not_fused(sharded: Sharded) -> None:
         add.args[1].meta["val"] = torch.empty(2, 5, 16)  # type: ignore[union-attr]
 
     body = _unfused_where(residual, sharded)
-    assert calls(body, fused_ops.row_linear)[0].args[3] is None
+    assert calls(body, fused_ops.row_linear)[0].args[3] == (None,)
 
 
 # -- the calls -----------------------------------------------------------------------------------
@@ -323,17 +392,23 @@ def test_row_linear(case: dict[str, Any]) -> None:
     def run(fused: bool, ctx: RankContext) -> list[Tensor | None]:
         group: Group = ctx.group(case["tp"])
         shape = (5, out) if case["transposed"] else (out, 5)
-        x = _values(ctx.rank, *batch, 5).requires_grad_(case["x"])
-        weight = _values(10 + ctx.rank, *shape).requires_grad_(case["trained"][0])
-        bias = _values(20, out).requires_grad_(case["used"][0]) if case["biases"][0] else None
+        xs, weights, biases = [], [], []
+        for i, trained in enumerate(case["trained"]):
+            xs.append(_values(ctx.rank + 100 * i, *batch, 5).requires_grad_(case["x"]))
+            weights.append(_values(10 + ctx.rank + 100 * i, *shape).requires_grad_(trained))
+            bias = _values(20 + 100 * i, out).requires_grad_(case["used"][i])
+            biases.append(bias if case["biases"][i] else None)
         if fused:
-            y = fused_ops.row_linear(x, group, weight, bias, case["transposed"])
+            y = fused_ops.row_linear(xs, group, weights, biases, case["transposed"])
         else:
-            y = ops.reduce(fused_ops._product(x, weight, None, case["transposed"]), group, True)
-            y = y if bias is None else y + bias
+            y = torch.zeros(())
+            for x, weight, bias in zip(xs, weights, biases, strict=True):
+                z = ops.reduce(fused_ops._product(x, weight, None, case["transposed"]), group, True)
+                y = y + (z if bias is None else z + bias)
         if y.requires_grad:
             (_values(30, *y.shape) * y).sum().backward()
-        return [y.detach(), x.grad, weight.grad, None if bias is None else bias.grad]
+        leaves = [*xs, *weights, *(b for b in biases if b is not None)]
+        return [y.detach(), *(leaf.grad for leaf in leaves)]
 
     _fused_and_apart(case, run)
 
@@ -378,7 +453,7 @@ def test_taken_apart(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
     group: Any = None
     with torch.autocast("cpu", torch.bfloat16, enabled=how == "autocast"):
         (y,) = fused_ops.column_linear(x, group, (weight,), (bias,), False)
-        z = fused_ops.row_linear(x, group, weight, bias, False)
+        z = fused_ops.row_linear((x,), group, (weight,), (bias,), False)
     assert used == ["copy", "reduce"]
     assert y.dtype == (torch.bfloat16 if how == "autocast" else torch.float32)
     torch.testing.assert_close(y.float(), z.float(), rtol=2e-2, atol=2e-2)

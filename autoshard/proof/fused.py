@@ -1,8 +1,9 @@
 """What runs is what was proven: fused calls are taken apart again, and the graphs compared.
 
-A fused call stands where its first part stood, so calls may come in another order. What is asked is
-that the calls are those of the proven graph, each once, on the same operands; and that those that draw,
-write or communicate keep their order. The others have no effect, so that their order has none.
+A fused call stands where one of its parts stood, so calls may come in another order. What is asked is
+that the calls are those of the proven graph, each once, on the same operands; and that those that draw
+or write keep their order. The others have no effect on a rank, so that their order has none; and
+collectives meet in any order that is the same on all ranks, which run this one graph.
 """
 
 from __future__ import annotations
@@ -79,11 +80,19 @@ def _column(x: Any, group: Any, weights: Any, biases: Any, transposed: bool) -> 
         yield _linear(_Made(0), weight, bias, transposed)
 
 
-def _row(x: Any, group: Any, weight: Any, bias: Any, transposed: bool) -> Iterator[Call]:
-    yield _linear(x, weight, None, transposed)
-    yield ops.reduce, (_Made(0), group, True), {}
-    if bias is not None:
-        yield aten.add.Tensor, (_Made(1), bias), {}
+def _row(xs: Any, group: Any, weights: Any, biases: Any, transposed: bool) -> Iterator[Call]:
+    made, total = 0, None
+    for x, weight, bias in zip(xs, weights, biases, strict=True):
+        yield _linear(x, weight, None, transposed)
+        yield ops.reduce, (_Made(made), group, True), {}
+        made += 2
+        if bias is not None:
+            yield aten.add.Tensor, (_Made(made - 1), bias), {}
+            made += 1
+        if total is not None:
+            yield aten.add.Tensor, (total, _Made(made - 1)), {}
+            made += 1
+        total = _Made(made - 1)
 
 
 def _linear(x: Any, weight: Any, bias: Any, transposed: bool) -> Call:
@@ -100,8 +109,7 @@ def _met(node: fx.Node, call: Call, left: dict[fx.Node, None], op: str) -> fx.No
     ordered = False  # a call with an effect that comes before has not been met
     for proven in left:
         if (proven.op, proven.target) == (op, target) and (
-            op == "placeholder"
-            or (same(args, proven.args) and same(dict(kwargs), dict(proven.kwargs)))
+            op == "placeholder" or (same(args, proven.args) and same(dict(kwargs), dict(proven.kwargs)))
         ):
             if ordered and _has_effect(proven):
                 break
@@ -112,6 +120,5 @@ def _met(node: fx.Node, call: Call, left: dict[fx.Node, None], op: str) -> fx.No
 
 
 def _has_effect(node: fx.Node) -> bool:
-    """It draws, writes, or communicates forward; or its gradient does, whose order follows it."""
-    own = (ops.with_stream, ops.with_autocast, ops.reduce, ops.gather, ops.vocab_cross_entropy)
-    return node.target in own or node.op == "output" or writes(node)
+    """It draws or writes."""
+    return node.target in (ops.with_stream, ops.with_autocast, ops.checkpointed) or writes(node)
