@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.utils import _pytree as pytree
 
@@ -30,7 +29,7 @@ from autoshard.errors import AutoshardError
 from autoshard.finite import FiniteWatch
 from autoshard.huggingface import body_prefix
 from autoshard.inputs import normalized_inputs
-from autoshard.layers import container, find
+from autoshard.layers import container, find, reshard
 from autoshard.lines import Lines
 from autoshard.mesh import Mesh
 from autoshard.parameters import Stored
@@ -745,8 +744,7 @@ def _undo_state(module: ParallelModule, name: str, value: Tensor) -> Tensor:
 
 def _from_state(module: nn.Module, state: dict[str, Any], prefix: str, *rest: Any) -> None:
     assert isinstance(module, ParallelModule)
-    if isinstance(module, FSDPModule):
-        module.reshard()  # after an evaluation whole parameters stand in the place of the shares
+    reshard(module)  # what is loaded goes into the shares
     mesh: Mesh = module.__dict__["_mesh"]
     own = dict(module.named_parameters(remove_duplicate=False))
     for key in list(state):
