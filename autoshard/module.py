@@ -223,7 +223,7 @@ class ParallelModule(nn.Module):
         if compiled.traced.learnt:  # what counts enters as a size, not as a constant
             self._counters.update(compiled.traced.learnt)
             return self.run(part, args, kwargs)
-        inputs = [self._lines.enter(x) if isinstance(x, DTensor) else x for x in flat]
+        inputs = self._entered(flat)
         watch: FiniteWatch | None = self.__dict__.get("_watch")
         if watch is None:
             result = self._run(compiled, inputs)
@@ -512,6 +512,10 @@ class ParallelModule(nn.Module):
                 values.append(find(self, source.name))
         return self._packed(compiled, compiled.module(*values))
 
+    def _entered(self, flat: list[Any]) -> list[Any]:
+        """The flat inputs, of DTensors this rank's shares."""
+        return [self._lines.enter(x) if isinstance(x, DTensor) else x for x in flat]
+
     def _packed(self, compiled: Compiled, results: Iterable[Any]) -> Any:
         """The model's outputs from the graph's flat ones."""
         outputs = [
@@ -535,7 +539,7 @@ class ParallelModule(nn.Module):
         for compiled in self._compiled:
             if compiled.key == key and compiled.captured.holds(flat):
                 begun = begin_traced(compiled.streams, self.__dict__["_mesh"].device)
-                result = self._run(compiled, flat)
+                result = self._run(compiled, self._entered(flat))
                 end_traced(begun)
                 return result
         return self._not_traced(part, args, kwargs)

@@ -12,7 +12,7 @@ import torch._dynamo
 import transformers
 from torch import Tensor, fx, nn
 from torch._dynamo.backends.common import aot_autograd
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 
 import autoshard
 from autoshard import traced_random
@@ -88,6 +88,11 @@ class _Graphs:
 def _local(value: Tensor | None) -> Tensor:
     assert value is not None
     return value.to_local() if isinstance(value, DTensor) else value
+
+
+def _whole(value: Tensor | None) -> Tensor:
+    assert value is not None
+    return value.full_tensor() if isinstance(value, DTensor) else value
 
 
 def _gradients(model: nn.Module) -> list[Tensor]:
@@ -205,6 +210,52 @@ def _one_layer_at_a_time() -> None:
 def test_layers_compile_one_at_a_time() -> None:
     """`layer.compile()` for the layers of the model gives the same numbers."""
     run_distributed(_one_layer_at_a_time, 2, timeout=300)
+
+
+class Scaled(nn.Module):
+    """A part of its hidden values is an output, and may be given to the next call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(8, 16), nn.Linear(16, 8)
+
+    def forward(self, x: Tensor, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """x: [b, 8], scale: [b, 16] -> [b, 8], [b, 16]."""
+        hidden = self.up(x).relu()
+        hidden = hidden if scale is None else hidden * scale
+        return self.down(hidden), hidden
+
+
+def _shares_go_in() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(3, 8)
+    model = Scaled().eval()
+    tp_model = autoshard.parallelize(model, 2, (x,), degree="max", logits="sharded")
+    assert tp_model.mesh is not None
+    given = distribute_tensor(x, tp_model.mesh["tp"], [Replicate()]).requires_grad_()
+
+    def step(call: Any) -> list[Tensor]:
+        out, hidden = call(x)
+        assert isinstance(hidden, DTensor) or call is model
+        inputs = x.clone().requires_grad_() if call is model else given
+        out, again = call(inputs, hidden)
+        (out.square().sum() + _whole(again).square().sum()).backward()
+        found = [out, again, inputs.grad, *(p.grad for p in tp_model.parameters())]
+        if call is model:
+            found[3:] = [p.grad for p in model.parameters()]
+        given.grad = None
+        tp_model.zero_grad()
+        return [_whole(value).detach() for value in found]
+
+    right = step(model)
+    for call in (tp_model, torch.compile(tp_model, fullgraph=True, backend="aot_eager")):
+        torch.testing.assert_close(step(call), right)
+
+
+@pytest.mark.slow
+def test_shares_go_in() -> None:
+    """DTensors as inputs, split or whole: values and gradients of two compiled calls in a row."""
+    run_distributed(_shares_go_in, 2, timeout=300)
 
 
 def test_bits_are_even_and_independent() -> None:
