@@ -18,6 +18,7 @@ import autoshard
 from autoshard import traced_random
 from tests.distributed import run_distributed
 
+aten = torch.ops.aten
 VOCABULARY = 515  # 2 does not divide it
 
 
@@ -284,7 +285,7 @@ def test_dropout_keeps_its_share() -> None:
     words = (torch.tensor([5, 6]), torch.tensor([5, 6]))
     x = torch.ones(400, 500)
     for p in (0.0, 0.1, 0.5, 1.0):
-        y = traced_random.run(words, torch.ops.aten.dropout.default, (x, p, True), {})
+        y = traced_random.FORMS[aten.dropout.default](words, x, p, True)
         zero = (y == 0).double().mean().item()
         assert abs(zero - p) < 6 * (p * (1 - p) / x.numel()) ** 0.5 + 1e-12
         if p < 1.0:
@@ -311,3 +312,41 @@ def test_attention_has_the_gradient_of_its_mask(masked: bool) -> None:
     whole = nn.functional.scaled_dot_product_attention(q, k, v, mask)
     assert not torch.allclose(dropped(*inputs), whole)
     assert copy.deepcopy(words).equal(words)
+
+
+def _attended(how: str, masked: bool, dtypes: tuple[torch.dtype, ...]) -> list[Tensor]:
+    """Dropped attention under autocast, and its gradients."""
+    generator = torch.Generator().manual_seed(0)
+    operands = [
+        torch.randn(1, 2, 4, 8, generator=generator).to(d).requires_grad_() for d in dtypes[:3]
+    ]
+    mask = torch.randn(4, 4, generator=generator).to(dtypes[3]).requires_grad_() if masked else None
+    words = torch.tensor([5, -6])
+    attention = aten.scaled_dot_product_attention.default
+
+    def dropped(*given: Tensor | None) -> Tensor:
+        if how == "PyTorch":
+            with traced_random._seeded(words, 0, words.device):
+                return attention(*given, dropout_p=0.5)
+        traced_random.first_site()
+        form: Tensor = traced_random.FORMS[attention]((words, words), *given, dropout_p=0.5)
+        return form
+
+    if how == "compiled":
+        dropped = torch.compile(dropped, fullgraph=True, backend="aot_eager")
+    with torch.autocast("cpu", torch.bfloat16):
+        out = dropped(*operands, mask)
+    out.float().square().sum().backward()
+    wanted = operands if mask is None else [*operands, mask]
+    return [out.detach(), *(_local(x.grad) for x in wanted)]
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("how", ["called", "compiled"])
+def test_attention_under_autocast(how: str, masked: bool) -> None:
+    """Operands of several dtypes are cast as PyTorch casts them: bits, dtypes and gradients."""
+    low, high = torch.bfloat16, torch.float32
+    for dtypes in ((high, high, high, high), (high, low, high, low), (low, low, low, high)):
+        right = _attended("PyTorch", masked, dtypes)
+        assert right[0].dtype == low
+        torch.testing.assert_close(_attended(how, masked, dtypes), right, rtol=0, atol=0)
