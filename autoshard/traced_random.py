@@ -148,7 +148,7 @@ def _attention(
 
 
 def _under_autocast(x: Tensor) -> Tensor:
-    """What ``torch.autocast`` makes of an operand of PyTorch's attention; it knows no other operators."""
+    """What ``torch.autocast`` makes of an operand of PyTorch's own attention; of others nothing."""
     device = x.device.type
     if x.is_floating_point() and x.dtype != torch.float64 and torch.is_autocast_enabled(device):
         return x.to(torch.get_autocast_dtype(device))
