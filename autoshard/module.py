@@ -40,11 +40,12 @@ from autoshard.random_streams import RandomStream, begin_traced, end_traced
 from autoshard.rank import (
     Source,
     layered_module,
+    layered_sources,
     place_on,
     placeholder_values,
     random_groups,
     rank_module,
-    sources,
+    values_of,
 )
 from autoshard.rearranged import REFERENCE, Rearranged
 from autoshard.replay import Subject, verify_ranks
@@ -63,7 +64,7 @@ class Compiled:
 
     Attributes:
         key: what it was captured for, shapes aside (`_key`).
-        module: runs it, layer by layer, over the values of `sources`.
+        module: runs it, layer by layer, over the values of its `sources`.
         streams: what it draws random numbers from.
     """
 
@@ -500,16 +501,8 @@ class ParallelModule(nn.Module):
         """The graph on the parameters as they are now, layer by layer."""
         names = {s.name: find(self, s.name) for s in compiled.sources if s.kind == "parameter"}
         parameters = stored_parameters.local(names)
-        values = []
-        for source in compiled.sources:
-            if source.kind == "parameter":
-                values.append(parameters[source.name])
-            elif source.kind == "input":
-                values.append(flat[source.index])
-            elif source.kind == "constant":
-                values.append(compiled.captured.constants[source.name])
-            else:
-                values.append(find(self, source.name))
+        held = functools.partial(find, self)
+        values = values_of(compiled.sources, compiled.captured, parameters, held, flat)
         return self._packed(compiled, compiled.module(*values))
 
     def _entered(self, flat: list[Any]) -> list[Any]:
@@ -614,7 +607,7 @@ class ParallelModule(nn.Module):
         )
         return Compiled(
             key, program, sharded,
-            layered_module(sharded, mesh.group), sources(sharded, program.captured),
+            layered_module(sharded, mesh.group), layered_sources(sharded, program.captured),
             tuple(mesh.group(degree).stream for degree in random_groups(sharded)),
             found or Traced(),
         )  # fmt: skip
