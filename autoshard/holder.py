@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from autoshard import parameters as stored_parameters
@@ -116,6 +117,7 @@ class Holder(nn.Module):
 
         Raises:
             CheckpointError: a damaged file, a tensor of another shape, a parameter that no file has.
+            AutoshardError: after ``fully_shard``.
         """
         aliases: dict[str, list[str]] = {}
         for name, first in self._names.items():
@@ -137,7 +139,8 @@ class Holder(nn.Module):
                 where not given.
 
         Raises:
-            AutoshardError: parameters that it did not write and that have no value.
+            AutoshardError: parameters that it did not write and that have no value; after
+                ``fully_shard``.
         """
         model = make_skeleton(self.__dict__["_skeleton"])
         mesh: Mesh = self.__dict__["_mesh"]
@@ -175,7 +178,16 @@ class Holder(nn.Module):
             write(folder, state_dict=state, **options)
 
     def _slots(self) -> dict[str, Slot]:
-        """Every parameter's and buffer's memory on this rank."""
+        """Every parameter's and buffer's memory on this rank.
+
+        Raises:
+            AutoshardError: FSDP2 has it: a rank's share is split once more, or a copy stands there.
+        """
+        if any(isinstance(module, FSDPModule) for module in self.modules()):
+            raise AutoshardError(
+                "load_weights and init_weights fill a rank's own memory, which FSDP2 has split among "
+                "the data parallel copies: call them before fully_shard, or load_state_dict after it"
+            )
         found: dict[str, Slot] = {}
         for name, tensor in (*self.named_parameters(), *self.named_buffers()):
             share = tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.testing import assert_close
 
@@ -275,6 +275,9 @@ def hybrid(folder: str, how: str) -> dict[str, Any]:
         with torch.no_grad():
             model(**batch)
         model.load_state_dict({n: 1.5 * t for n, t in model_of().state_dict().items()})
+        if isinstance(model, FSDPModule):  # what it left whole would take them, and lose them
+            with pytest.raises(autoshard.AutoshardError, match="before fully_shard"):
+                model.init_weights()
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
         if round_ == "second":
             with torch.no_grad():
