@@ -104,6 +104,14 @@ def test_one_rank_needs_no_process_group() -> None:
     assert mesh.placements(1, 0) == (Replicate(),)
 
 
+def test_device_of_one_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The one that is given; of GPUs without a number the current one."""
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    for given, found in (("cpu", "cpu"), ("meta", "meta"), ("cuda:1", "cuda:1"), ("cuda", "cuda:3")):
+        assert Mesh(None, [], device=given).device == torch.device(found)
+        assert Mesh(None, [], device=torch.device(given)).device == torch.device(found)
+
+
 def test_seed_of_the_mesh() -> None:
     """torch's own seed unless one is given; manual_seed starts the streams anew."""
     torch.manual_seed(11)
