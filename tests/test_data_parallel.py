@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -169,3 +170,68 @@ def test_layers_are_called() -> None:
     assert _hooked() == [
         "transformer.h.0", "transformer.h.1", "dtransformer.h.1", "dtransformer.h.0",
     ]  # fmt: skip
+
+
+class Block(nn.Module):
+    """A part of a layer runs in some of its calls only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.up, self.down = nn.LayerNorm(8), nn.Linear(8, 16), nn.Linear(16, 8)
+
+    def forward(self, x: Tensor, gated: bool) -> Tensor:
+        """x: [b, 8] -> [b, 8]."""
+        hidden = self.up(self.norm(x)).relu()
+        return x + self.down(hidden * hidden.sigmoid() if gated else hidden)
+
+
+class Again(nn.Module):
+    """Two blocks of which one is called three times, twice without another between."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.start = nn.Parameter(torch.ones(8))
+        self.blocks = nn.ModuleList(Block() for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [b, 8] -> []."""
+        first, second = self.blocks
+        x = first(first(x * self.start, False), True)
+        return first(second(x, True), False).square().mean()
+
+
+def _called_again(tp: int) -> None:
+    torch.manual_seed(0)
+    model, x = Again().double(), torch.randn(4, 8, dtype=torch.float64)
+    tp_model = autoshard.parallelize(copy.deepcopy(model), tp, (x,), degree="max")
+    assert tp == 1 or tp_model.share_of("blocks.0.up.weight") is not None
+    seen: dict[str, list[Any]] = {}
+    for who, module in (("model", model), ("split", tp_model)):
+        events = seen[who] = []
+        for name in ("blocks.0", "blocks.1"):
+            layer = module.get_submodule(name)
+            layer.register_forward_hook(
+                lambda m, given, out, name=name, events=events: events.append((name, out.detach()))
+            )
+            layer.register_full_backward_hook(
+                lambda m, into, out, name=name, events=events: events.append((name, out[0].detach()))
+            )
+        module(x).backward()
+    assert [name for name, _ in seen["split"]] == [name for name, _ in seen["model"]]
+    assert len(seen["split"]) == 8
+    assert_close([value for _, value in seen["split"]], [value for _, value in seen["model"]])
+    for name, parameter in model.named_parameters():
+        found = tp_model.get_parameter(name).grad
+        found = found.full_tensor() if isinstance(found, DTensor) else found
+        assert_close(found, parameter.grad, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def test_a_layer_is_called_again() -> None:
+    """A layer's every call is one, on the values and gradients that the model's own layer has."""
+    _called_again(1)
+
+
+@pytest.mark.slow
+def test_a_layer_is_called_again_on_ranks() -> None:
+    """And split."""
+    run_distributed(_called_again, 2, 2, timeout=200)
