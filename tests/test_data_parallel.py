@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 import transformers
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.testing import assert_close
 
 import autoshard
@@ -150,6 +150,65 @@ def test_means_where_a_branch_ran_on_one_copy() -> None:
     for found in run_distributed(_averaged, 4, timeout=300):
         assert found["never"] is None
         assert_close(found, right)
+
+
+class Mixed(nn.Module):
+    """Two key heads for four query heads, an MLP of six: split 4 and 2 ways on four ranks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.kv, self.out = nn.Linear(8, 16), nn.Linear(8, 16), nn.Linear(16, 8)
+        self.up, self.down = nn.Linear(8, 6), nn.Linear(6, 8)
+
+    def forward(self, x: Tensor, past: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """x: [b, s, 8], past: [b, 2, s, 4] -> [b, s, 8], the keys [b, 2, s, 4]."""
+        q = self.q(x).unflatten(-1, (4, 4)).transpose(1, 2)
+        k, v = (t.unflatten(-1, (2, 4)).transpose(1, 2) for t in self.kv(x).chunk(2, -1))
+        k = k if past is None else k + past
+        y = nn.functional.scaled_dot_product_attention(q, k, v, enable_gqa=True)
+        x = x + self.out(y.transpose(1, 2).flatten(2))
+        return x + self.down(self.up(x).relu()), k
+
+
+def _mixed() -> list[dict[str, Tensor]]:
+    """Gradients of the mean over two batches, each of two calls; on ranks also compiled."""
+    torch.manual_seed(0)
+    model, batches = Mixed().double().eval(), torch.randn(2, 2, 3, 5, 8, dtype=torch.float64)
+    calls: list[Any] = [model]
+    if dist.is_initialized():
+        given = (batches[0, 0],)
+        tp_model = autoshard.parallelize(model, 4, given, degree="max", logits="sharded")
+        assert set(tp_model.plan.degrees.values()) == {2, 4}
+        assert tp_model.mesh is not None and tuple(tp_model.mesh.shape) == (2, 4)
+        batches = batches[tp_model.mesh.get_local_rank("dp")][None]
+        compiled = torch.compile(tp_model, backend="aot_eager", fullgraph=True)
+        model, calls = tp_model, [tp_model, compiled]
+    found = []
+    for call in calls:
+        model.zero_grad()
+        for first, second in batches:
+            _, keys = call(first)
+            if isinstance(keys, DTensor):
+                assert keys.placements == (Shard(1), Replicate())  # two ranks hold each of them
+            out, keys = call(second, keys)
+            assert isinstance(keys, DTensor) == (len(calls) == 2)
+            keys = keys.full_tensor() if isinstance(keys, DTensor) else keys
+            ((out.square().sum() + keys.square().sum()) / len(batches)).backward()
+        if isinstance(model, autoshard.ParallelModule):
+            autoshard.average_gradients(model)
+        named = model.named_parameters()
+        share = model.share_of if isinstance(model, autoshard.ParallelModule) else lambda name: None
+        found.append({n: autoshard.parameters.whole(p.grad, share(n)).clone() for n, p in named})
+    return found
+
+
+@pytest.mark.slow
+def test_degrees_between_beside_copies() -> None:
+    """2 x 4 ranks, regions split 4 and 2 ways: means over the copies, compiled too."""
+    (right,) = _mixed()
+    for plain, compiled in run_distributed(_mixed, 8, timeout=400):
+        assert_close(plain, right)
+        assert_close(compiled, right)
 
 
 def _hooked() -> list[str]:

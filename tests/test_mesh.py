@@ -107,10 +107,10 @@ def test_one_rank_needs_no_process_group() -> None:
 def test_device_of_one_rank(monkeypatch: pytest.MonkeyPatch) -> None:
     """The one that is given; of GPUs without a number the current one."""
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
-    for given in ("cpu", "meta", "cuda:1", "cuda"):
-        found = "cuda:3" if given == "cuda" else given
-        assert Mesh(None, [], device=given).device == torch.device(found)
-        assert Mesh(None, [], device=torch.device(given)).device == torch.device(found)
+    for name in ("cpu", "meta", "cuda:1", "cuda"):
+        found = "cuda:3" if name == "cuda" else name
+        assert Mesh(None, [], device=name).device == torch.device(found)
+        assert Mesh(None, [], device=torch.device(name)).device == torch.device(found)
 
 
 def test_seed_of_the_mesh() -> None:
