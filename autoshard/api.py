@@ -17,12 +17,13 @@ from autoshard.cost_model.hardware import Hardware
 from autoshard.errors import AutoshardError, PlanError, UnknownOperatorError
 from autoshard.inputs import Inputs, normalized_inputs
 from autoshard.mesh import Mesh, init_mesh
-from autoshard.module import LOGITS, ParallelModule, outputs_to_keep, plan_hash
+from autoshard.module import LOGITS, ParallelModule
 from autoshard.parameters import agree
 from autoshard.passes.assign_degrees import Request, fingerprint
 from autoshard.pipeline import Program, analyse, rewrite
 from autoshard.planning import Costs, Target, planned, setting_of
 from autoshard.plans import Plan
+from autoshard.signatures import outputs_to_keep, plan_hash
 
 
 def parallelize(

@@ -20,6 +20,8 @@
   2.13): what ``checkpoint`` calls, by name. Models hold ``checkpoint`` itself since their import.
 - ``PythonPrinter`` (torch 2.11, 2.13): the sizes that a capture finds are sympy expressions with
   functions of torch's own, which it writes as Python.
+- ``ShapeEnv.backed_var_to_val`` (torch 2.13; ``var_to_val`` in 2.11): which number a symbolic size was
+  traced with.
 - ``_dispatch_tls_set_dispatch_key_excluded`` (torch 2.13): an operator of our own runs below autograd;
   one whose backward runs a forward once more needs it there.
 - ``UntypedStorage._cdata`` (torch 2.11, 2.13): which traced tensors share memory. Traced storages have
@@ -30,9 +32,9 @@ from __future__ import annotations
 
 import contextlib
 import types
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import timedelta
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.utils.checkpoint
@@ -267,6 +269,12 @@ def autograd_again() -> Iterator[None]:
 def as_python(expression: Any) -> str:
     """An expression of symbolic sizes, as Python."""
     return str(PythonPrinter().doprint(expression))
+
+
+def size_examples(environment: Any) -> Mapping[Any, Any]:
+    """Symbol of a size -> the number that it had in the capture."""
+    known = getattr(environment, "backed_var_to_val", None) or environment.var_to_val
+    return cast(Mapping[Any, Any], known)
 
 
 def default_store() -> distributed_c10d.Store | None:

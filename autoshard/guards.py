@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from autoshard.compat import as_python
+from autoshard.compat import as_python, size_examples
 
 Holds = Callable[[Sequence[Any]], bool]
 
@@ -17,6 +17,7 @@ def shape_guard(inputs: Sequence[Any], ranges: Mapping[str, tuple[float, float]]
     """A check of flat inputs against the shapes that the graph was captured for.
 
     A symbol is read off the first dimension that is that symbol alone; all other dimensions must agree.
+    One that stands nowhere alone has the number that it had in the capture: the graph is for that one.
 
     Args:
         inputs: what stood for each flat input in the capture; a tensor has sizes and symbols.
@@ -33,6 +34,7 @@ def shape_guard(inputs: Sequence[Any], ranges: Mapping[str, tuple[float, float]]
     symbols: dict[Any, str] = {}
     reads, tests = list[str](), list[str]()
     later: list[tuple[str, Any]] = []
+    examples: dict[Any, Any] = {}
     for index, value in enumerate(inputs):
         if not isinstance(value, Tensor):
             continue
@@ -42,6 +44,7 @@ def shape_guard(inputs: Sequence[Any], ranges: Mapping[str, tuple[float, float]]
                 tests.append(f"{actual} == {size}")
                 continue
             expression = size.node.expr
+            examples.update(size_examples(size.node.shape_env))
             if expression.is_Symbol and expression not in symbols:
                 name = symbols[expression] = str(expression)
                 reads.append(f"    {name} = {actual}")
@@ -51,7 +54,11 @@ def shape_guard(inputs: Sequence[Any], ranges: Mapping[str, tuple[float, float]]
                     tests.append(f"{name} <= {int(largest)}")
             else:
                 later.append((actual, expression))
-    tests += [f"{actual} == {as_python(expression)}" for actual, expression in later]
+    for actual, expression in later:
+        for symbol in sorted(expression.free_symbols - symbols.keys(), key=str):
+            symbols[symbol] = str(symbol)
+            reads.append(f"    {symbol} = {int(examples[symbol])}")
+        tests.append(f"{actual} == {as_python(expression)}")
     tests += [f"({as_python(g)})" for g in _guards(inputs) if g.free_symbols <= symbols.keys()]
     lines = ["def holds(flat):", *reads, f"    return {' and '.join(tests) or 'True'}"]
     names: dict[str, Any] = {"math": __import__("math")}

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from autoshard import parameters
 from autoshard.groups import ProcessGroupComm, SingleGroup
@@ -32,6 +33,17 @@ class Layer(nn.Module):
         result = body(*own.values(), *operands)
         end_traced(begun)
         return result
+
+
+def reshard(model: nn.Module) -> None:
+    """Have the shares of FSDP2 stand under the parameters' names again, in every unit of it.
+
+    After an evaluation whole parameters stand there until the next backward pass: an optimizer made of
+    them would train what nobody reads, and what is loaded into them is lost.
+    """
+    for unit in model.modules():
+        if isinstance(unit, FSDPModule):
+            unit.reshard()
 
 
 def find(module: nn.Module, path: str) -> Any:

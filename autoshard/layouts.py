@@ -110,8 +110,8 @@ def whole_size(layout: Layout) -> int:
     if isinstance(layout, Leaf):
         return layout.size
     if isinstance(layout, Product):
-        return math.prod(map(whole_size, layout.factors))
-    return sum(map(whole_size, layout.parts))
+        return math.prod([whole_size(f) for f in layout.factors])
+    return sum([whole_size(p) for p in layout.parts])
 
 
 @lru_cache(maxsize=4096)

@@ -55,7 +55,8 @@ class Lines:
             if not all(p.is_replicate() for p in value.placements):
                 return value.to_local(grad_placements=grads)
             return value.to_local()
-        return shares([value])[0]
+        # One function of several tensors is faster, and torch.compile cannot follow it.
+        return value.to_local() if torch.compiler.is_compiling() else shares([value])[0]
 
     def stored(self, value: DTensor) -> Stored | None:
         """(dimension, layout, degree) of an input as its placements say; None where it is whole.

@@ -5,85 +5,63 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
-import hashlib
 import inspect
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
-from pathlib import Path
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.utils import _pytree as pytree
 
-from autoshard import caches, weights
+from autoshard import caches
 from autoshard import parameters as stored_parameters
 from autoshard.agreement import InputCheck
 from autoshard.caches import Counters, Given, Traced
-from autoshard.capture import Captured, alone, hollowed, tied_names
+from autoshard.capture import alone, hollowed
 from autoshard.capture import skeleton as make_skeleton
-from autoshard.compat import share_specs
 from autoshard.errors import AutoshardError
 from autoshard.finite import FiniteWatch
-from autoshard.huggingface import body_prefix
+from autoshard.holder import Holder
 from autoshard.inputs import normalized_inputs
-from autoshard.layers import container, find
+from autoshard.layers import find
 from autoshard.lines import Lines
 from autoshard.mesh import Mesh
 from autoshard.parameters import Stored
 from autoshard.pipeline import Program, analyse, rewrite
 from autoshard.plans import Plan
-from autoshard.progress import each
-from autoshard.random_streams import RandomStream, begin_traced, end_traced
+from autoshard.random_streams import begin_traced, end_traced
 from autoshard.rank import (
-    Source,
     layered_module,
+    layered_sources,
     place_on,
     placeholder_values,
     random_groups,
     rank_module,
-    sources,
+    values_of,
 )
 from autoshard.rearranged import REFERENCE, Rearranged
 from autoshard.replay import Subject, verify_ranks
 from autoshard.replicas import check_replicas
 from autoshard.sharded import Sharded
+from autoshard.signatures import (
+    Compiled,
+    degrees_of,
+    example_of,
+    key_of,
+    outputs_to_keep,
+    shapes_of,
+)
 from autoshard.verification import Report, output_names
-from autoshard.weights import Slot
 
 KEPT = 4096  # shapes of which it is kept which graph holds for them
 LOGITS = ("auto", "whole", "sharded")
 
 
-@dataclass(frozen=True, eq=False)
-class Compiled:
-    """One rewritten graph: what it was captured for, and the module that runs it.
-
-    Attributes:
-        key: what it was captured for, shapes aside (`_key`).
-        module: runs it, layer by layer, over the values of `sources`.
-        streams: what it draws random numbers from.
-    """
-
-    key: Any
-    program: Program
-    sharded: Sharded
-    module: fx.GraphModule
-    sources: tuple[Source, ...]
-    streams: tuple[RandomStream, ...]
-    traced: Traced
-
-    @property
-    def captured(self) -> Captured:
-        """The captured graph."""
-        return self.program.captured
-
-
-class ParallelModule(nn.Module):
+class ParallelModule(Holder):
     """A model whose regions run on their shards. Made by ``autoshard.parallelize``.
 
     Attributes:
@@ -108,31 +86,21 @@ class ParallelModule(nn.Module):
         checkpoint: str | None = None,
         pre_norm: bool = False,
     ) -> None:
-        super().__init__()
+        stored = {program.captured.parameters[p]: share for p, share in sharded.stored.items()}
+        super().__init__(skeleton, tensors, stored, mesh, pre_norm)
         self.__class__ = _with_face_of(type(skeleton), type(self))  # type: ignore[arg-type]
-        self.__dict__["_skeleton"] = skeleton
-        self.__dict__["_mesh"] = mesh
         self.__dict__["_input_check"] = InputCheck(check_inputs, skeleton.forward, mesh)
         self._lines = Lines(mesh)
         self._counters: Counters = set()
         self.plan = plan
         self.logits = logits
         self._checkpoint = checkpoint
-        self._pre_norm = pre_norm
-        self._stored: dict[str, Stored] = {
-            program.captured.parameters[p]: share for p, share in sharded.stored.items()
-        }
         self._compiled: list[Compiled] = []
         self._fits: dict[Any, Compiled] = {}
-        self._names = tied_names(skeleton)
-        self._empty = {n for n, t in tensors.items() if t.is_meta}  # parameters without a value so far
-        self._hold(skeleton, tensors)
         self.train(skeleton.training)
-        key, _ = self._key(Given(*example))
+        key, _ = key_of(Given(*example), self.training)
         self._last = self._bind(key, program, sharded)
         self._compiled.append(self._last)
-        self.register_state_dict_post_hook(_to_state)  # type: ignore[no-untyped-call]
-        self.register_load_state_dict_pre_hook(_from_state)  # type: ignore[no-untyped-call]
 
     # -- the model's face ----------------------------------------------------------------------
 
@@ -218,14 +186,14 @@ class ParallelModule(nn.Module):
         if torch.compiler.is_compiling():
             return self._traced(part, args, kwargs)
         given = caches.opened(args, kwargs, self._counters)
-        key, flat = self._key(given, part)
+        key, flat = key_of(given, self.training, part)
         known = self._known(key, flat)
         self.__dict__["_input_check"](known, given.args, given.kwargs, self.training)
         compiled = self._find(key, flat, given, known, part)
         if compiled.traced.learnt:  # what counts enters as a size, not as a constant
             self._counters.update(compiled.traced.learnt)
             return self.run(part, args, kwargs)
-        inputs = [self._lines.enter(x) if isinstance(x, DTensor) else x for x in flat]
+        inputs = self._entered(flat)
         watch: FiniteWatch | None = self.__dict__.get("_watch")
         if watch is None:
             result = self._run(compiled, inputs)
@@ -239,105 +207,6 @@ class ParallelModule(nn.Module):
             result = self._packed(compiled, results)
         mesh: Mesh = self.__dict__["_mesh"]
         return caches.closed(compiled.traced, given, result, mesh.device) if given.caches else result
-
-    def load_weights(self, path: str | Path, strict: bool = True) -> tuple[str, ...]:
-        """Read parameters and buffers from safetensors, each rank its rows; every rank calls it.
-
-        Args:
-            path: a file, or a folder with ``model.safetensors``, or with several files and their index.
-                Names are the model's, with or without the prefix of a Hugging Face model's body.
-            strict: what is in the files and not in the model is an error.
-
-        Returns:
-            The names of what is in the files only.
-
-        Raises:
-            CheckpointError: a damaged file, a tensor of another shape, a parameter that no file has.
-        """
-        aliases: dict[str, list[str]] = {}
-        for name, first in self._names.items():
-            aliases.setdefault(first, []).append(name)
-        required = [name for name, _ in self.named_parameters()]
-        prefix = body_prefix(self.__dict__["_skeleton"])
-        mesh: Mesh = self.__dict__["_mesh"]
-        rest = weights.load(Path(path), self._slots(), aliases, required, prefix, strict, mesh)
-        self._empty.clear()
-        return rest
-
-    def init_weights(self, init: Callable[[nn.Module], Any] | None = None) -> None:
-        """Draw the parameters as ``model.apply(init)`` would on one process, from torch's generator.
-
-        Every rank calls it with the same seed. One module's parameters are whole at a time, on the CPU.
-
-        Args:
-            init: of one module; the model's ``_init_weights``, or every module's ``reset_parameters``,
-                where not given.
-
-        Raises:
-            AutoshardError: parameters that it did not write and that have no value.
-        """
-        model = make_skeleton(self.__dict__["_skeleton"])
-        mesh: Mesh = self.__dict__["_mesh"]
-        whole = self.get_parameter
-        self._empty -= weights.draw_into(
-            model, init or weights.default_init(model), self._slots(), self._names, mesh,
-            lambda name: stored_parameters.whole(whole(name), self.share_of(name)),
-        )  # fmt: skip
-        if self._empty:
-            raise AutoshardError(
-                f"{min(self._empty)} and {len(self._empty) - 1} other parameters were not initialised: "
-                "pass an init= that writes them"
-            )
-
-    def save_pretrained(self, folder: str | Path, **options: Any) -> None:
-        """Write what ``from_pretrained`` of the model's class reads; every rank calls it.
-
-        Args:
-            folder: the first rank writes it.
-            options: of the model's own ``save_pretrained``.
-
-        Raises:
-            AttributeError: the model has no ``save_pretrained``.
-            AutoshardError: with ``pre_norm=True``: the model's class would compute another function.
-        """
-        if self._pre_norm:
-            raise AutoshardError(
-                "these weights were trained with pre_norm=True, and from_pretrained would make a model "
-                "with its norms where they were: use autoshard.save, or full_state_dict()"
-            )
-        skeleton: Any = self.__dict__["_skeleton"]
-        write = skeleton.save_pretrained
-        state = self.full_state_dict(rank0_only=True)
-        if state:
-            write(folder, state_dict=state, **options)
-
-    def full_state_dict(self, rank0_only: bool = False) -> dict[str, Tensor]:
-        """Copies of the model's tensors, whole, under its own names and shapes. Every rank calls it.
-
-        Args:
-            rank0_only: other ranks get an empty dict, and nobody holds more than one whole tensor
-                beside the result of rank 0 (on the CPU).
-        """
-        mesh: Mesh = self.__dict__["_mesh"]
-        keep = not rank0_only or (mesh.tp_rank == 0 and mesh.dp_rank == 0)
-        result: dict[str, Tensor] = {}
-        state = super().state_dict(keep_vars=True)
-        for name, value in state.items():
-            first = self._names.get(name, name)
-            if first != name and first in state:  # tied: one tensor
-                if keep:
-                    result[name] = result[first]
-                continue
-            share = self.share_of(name)
-            whole = stored_parameters.whole(_undo_state(self, name, value), share).detach()
-            if keep:
-                own = whole.clone() if share is None else whole  # a later step must not change it
-                result[name] = own.cpu() if rank0_only else own
-        return result
-
-    def share_of(self, name: str) -> Stored | None:
-        """How a parameter lies on the ranks: dimension, layout, degree; None where it is whole."""
-        return self._stored.get(self._names.get(name, name))
 
     def manual_seed(self, seed: int) -> None:
         """Start dropout's random streams anew; with the same seed on every rank."""
@@ -431,7 +300,8 @@ class ParallelModule(nn.Module):
         last = self._last
         try:
             given = caches.opened(args, kwargs, self._counters)
-            key, flat = self._key(given)  # what has to be captured is captured as for a step
+            # What has to be captured is captured as for a step.
+            key, flat = key_of(given, self.training)
             compiled = self._find(key, flat, given, self._known(key, flat))
             if self._pre_norm:
                 model = Rearranged(model, compiled.program, where)
@@ -464,56 +334,17 @@ class ParallelModule(nn.Module):
 
     # -- inside --------------------------------------------------------------------------------
 
-    def _hold(self, skeleton: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-        """Register parameters and buffers under the model's names, tied ones once."""
-        mesh: Mesh = self.__dict__["_mesh"]
-        made: dict[str, Tensor] = {}
-        hollows = list(skeleton.named_parameters(remove_duplicate=False))
-        for name, hollow in each(hollows, len(hollows), "splitting parameters"):
-            first = self._names[name]
-            if first not in made:
-                value = stored_parameters.make_parameter(tensors[first], self._stored.get(first), mesh)
-                made[first] = nn.Parameter(value, requires_grad=hollow.requires_grad)
-            module, last = container(self, skeleton, name)
-            module.register_parameter(last, made[first])  # type: ignore[arg-type]
-        share_specs(made.values())
-        for name, _ in skeleton.named_buffers(remove_duplicate=False):
-            first = self._names[name]
-            if first not in made:
-                made[first] = tensors[first].detach().to(mesh.device, copy=True)
-            owner = skeleton.get_submodule(name.rpartition(".")[0])
-            module, last = container(self, skeleton, name)
-            persistent = last not in owner._non_persistent_buffers_set
-            module.register_buffer(last, made[first], persistent=persistent)
-
-    def _key(self, given: Given, part: str | None = None) -> tuple[Any, list[Any]]:
-        """What a graph is captured for, shapes aside, and the flat inputs."""
-        flat, spec = pytree.tree_flatten((given.args, given.kwargs))
-        return (part, spec, given.forms, self.training, tuple(_kind(leaf) for leaf in flat)), flat
-
-    def _slots(self) -> dict[str, Slot]:
-        """Every parameter's and buffer's memory on this rank."""
-        found: dict[str, Slot] = {}
-        for name, tensor in (*self.named_parameters(), *self.named_buffers()):
-            share = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-            found[name] = Slot(share.detach(), tensor.shape, self.share_of(name))
-        return found
-
     def _run(self, compiled: Compiled, flat: list[Any]) -> Any:
         """The graph on the parameters as they are now, layer by layer."""
         names = {s.name: find(self, s.name) for s in compiled.sources if s.kind == "parameter"}
         parameters = stored_parameters.local(names)
-        values = []
-        for source in compiled.sources:
-            if source.kind == "parameter":
-                values.append(parameters[source.name])
-            elif source.kind == "input":
-                values.append(flat[source.index])
-            elif source.kind == "constant":
-                values.append(compiled.captured.constants[source.name])
-            else:
-                values.append(find(self, source.name))
+        held = functools.partial(find, self)
+        values = values_of(compiled.sources, compiled.captured, parameters, held, flat)
         return self._packed(compiled, compiled.module(*values))
+
+    def _entered(self, flat: list[Any]) -> list[Any]:
+        """The flat inputs, of DTensors this rank's shares."""
+        return [self._lines.enter(x) if isinstance(x, DTensor) else x for x in flat]
 
     def _packed(self, compiled: Compiled, results: Iterable[Any]) -> Any:
         """The model's outputs from the graph's flat ones."""
@@ -534,11 +365,11 @@ class ParallelModule(nn.Module):
 
     def _traced(self, part: str | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The forward within torch.compile: the graph that was captured for such inputs."""
-        key, flat = self._key(Given(args, kwargs), part)
+        key, flat = key_of(Given(args, kwargs), self.training, part)
         for compiled in self._compiled:
             if compiled.key == key and compiled.captured.holds(flat):
                 begun = begin_traced(compiled.streams, self.__dict__["_mesh"].device)
-                result = self._run(compiled, flat)
+                result = self._run(compiled, self._entered(flat))
                 end_traced(begun)
                 return result
         return self._not_traced(part, args, kwargs)
@@ -552,7 +383,7 @@ class ParallelModule(nn.Module):
 
     def _known(self, key: Any, flat: list[Any]) -> Compiled | None:
         """The graph that holds for these inputs; None where it has still to be captured."""
-        place = key, _shapes(flat)
+        place = key, shapes_of(flat)
         if place not in self._fits:
             fitting = (c for c in self._compiled if c.key == key and c.captured.holds(flat))
             known = next(fitting, None)
@@ -569,7 +400,7 @@ class ParallelModule(nn.Module):
         if known is None:
             known = self._capture(key, given, part)
             self._compiled.append(known)
-            self._fits[key, _shapes(flat)] = known
+            self._fits[key, shapes_of(flat)] = known
         self.__dict__["_last"] = known
         return known
 
@@ -580,16 +411,13 @@ class ParallelModule(nn.Module):
         flat = pytree.tree_leaves((given.args, given.kwargs))
         held = {i: self._lines.stored(x) for i, x in enumerate(flat) if isinstance(x, DTensor)}
         shares = {i: share for i, share in held.items() if share is not None}
-        args, kwargs = pytree.tree_map_only(Tensor, _example, (given.args, given.kwargs))
+        args, kwargs = pytree.tree_map_only(Tensor, example_of, (given.args, given.kwargs))
         with alone(skeleton, part), caches.traced(skeleton, given, self._counters) as found:
             program = analyse(
                 skeleton, args, kwargs, self.plan.tp, pre_norm=self._pre_norm, held=shares
             )
         keep = outputs_to_keep(program, self.training, self.logits, found)
-        degrees = {
-            r.name: self.plan.degrees.get(r.name, _tied_degree(self.plan, program, r.name))
-            for c in program.analysis.candidates for r in c.regions
-        }  # fmt: skip
+        degrees = degrees_of(self.plan, program)
         again = self.training and self._checkpoint == "layer"
         _, sharded = rewrite(program, self.plan.tp, degrees, keep, layers_again=again)
         lying = {program.captured.parameters[p]: s for p, s in sharded.stored.items()}
@@ -613,7 +441,7 @@ class ParallelModule(nn.Module):
         )
         return Compiled(
             key, program, sharded,
-            layered_module(sharded, mesh.group), sources(sharded, program.captured),
+            layered_module(sharded, mesh.group), layered_sources(sharded, program.captured),
             tuple(mesh.group(degree).stream for degree in random_groups(sharded)),
             found or Traced(),
         )  # fmt: skip
@@ -637,12 +465,6 @@ class ParallelModule(nn.Module):
             self._fits.clear()
         return self
 
-    def state_dict_tensors(self) -> Iterable[tuple[str, Tensor]]:
-        """All parameters and buffers by name, as they lie on this rank."""
-        yield from self.named_parameters(remove_duplicate=False)
-        yield from self.named_buffers(remove_duplicate=False)
-
-
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _say_detached() -> bool:
     """Once for each compilation."""
@@ -652,33 +474,6 @@ def _say_detached() -> bool:
         stacklevel=2,
     )
     return True
-
-
-def outputs_to_keep(
-    program: Program, training: bool, logits: str, found: Traced | None = None
-) -> tuple[int, ...]:
-    """The flat outputs that leave as shares.
-
-    Beside a loss in train mode, nobody reads them whole. Caches that a call in eval mode is given hold
-    a rank's heads only: the next call takes them as they are.
-    """
-    output = next(n for n in reversed(program.analysis.graph.nodes) if n.op == "output")
-    values = list(output.args[0])
-    loss = any(
-        isinstance(v, fx.Node) and v in program.analysis.axes.dims and v.meta["val"].dim() == 0
-        for v in values
-    )
-    if logits == "sharded" or (logits == "auto" and training and loss):
-        return tuple(range(len(values)))
-    return () if found is None or training or logits == "whole" else caches.positions(found)
-
-
-def plan_hash(plan: Plan, sharded: Sharded | None = None) -> str:
-    """What must be the same on all ranks: the plan and the rewritten graph."""
-    graphs = () if sharded is None else sharded.graphs
-    graph = [n.format_node() for g in graphs for n in g.nodes]
-    text = f"{plan.tp} {plan.fingerprint} {sorted(plan.degrees.items())} {graph}"
-    return hashlib.sha256(text.encode()).hexdigest()
 
 
 @functools.cache
@@ -693,72 +488,5 @@ def _with_face_of(model: type[nn.Module], base: type[ParallelModule]) -> type[Pa
     return type(model.__name__, (base,), {"forward": forward, "__doc__": base.__doc__})
 
 
-def _tied_degree(plan: Plan, program: Program, name: str) -> int:
-    """The degree of a region that the plan does not know, from the parameters that it shares."""
-    by_parameter = {p: r.degree for r in plan.regions for p in r.parameters}
-    for candidate in program.analysis.candidates:
-        if any(r.name == name for r in candidate.regions):
-            for region in candidate.regions:
-                if region.name in plan.degrees:
-                    return plan.degrees[region.name]
-            for region in candidate.regions:
-                for node in region.calls:
-                    for operand in node.all_input_nodes:
-                        parameter = program.captured.parameters.get(operand.name)
-                        if parameter in by_parameter:
-                            return by_parameter[parameter]
-    return 1
-
-
-def _shapes(flat: list[Any]) -> tuple[tuple[int, ...] | None, ...]:
-    return tuple(tuple(x.shape) if isinstance(x, Tensor) else None for x in flat)
-
-
-def _example(given: Tensor) -> Tensor:
-    """What a graph is captured with: no values are read, so none are gathered."""
-    if isinstance(given, DTensor):
-        return torch.empty(given.shape, dtype=given.dtype)
-    return given.detach().to("cpu")
-
-
-def _kind(leaf: Any) -> Any:
-    if isinstance(leaf, DTensor):
-        return leaf.dtype, leaf.dim(), leaf.placements, leaf.device_mesh
-    return (leaf.dtype, leaf.dim()) if isinstance(leaf, Tensor) else (type(leaf), leaf)
-
-
 def _in_words(stored: Stored | None) -> str:
     return "whole" if stored is None else f"split as {stored[1]} in dimension {stored[0]}"
-
-
-def _to_state(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
-    assert isinstance(module, ParallelModule)
-    for key in list(state):
-        name = key[len(prefix) :]
-        share = module.share_of(name)
-        if share is not None and isinstance(state[key], Tensor):
-            state[key] = stored_parameters.to_state(state[key], share)
-
-
-def _undo_state(module: ParallelModule, name: str, value: Tensor) -> Tensor:
-    own = dict(module.state_dict_tensors()).get(name)
-    return value if own is None else own
-
-
-def _from_state(module: nn.Module, state: dict[str, Any], prefix: str, *rest: Any) -> None:
-    assert isinstance(module, ParallelModule)
-    if isinstance(module, FSDPModule):
-        module.reshard()  # after an evaluation whole parameters stand in the place of the shares
-    mesh: Mesh = module.__dict__["_mesh"]
-    own = dict(module.named_parameters(remove_duplicate=False))
-    for key in list(state):
-        name = key[len(prefix) :]
-        if name in own and isinstance(state[key], Tensor):
-            if tuple(state[key].shape) == tuple(own[name].shape):
-                module._empty.discard(module._names[name])
-                state[key] = stored_parameters.from_state(
-                    state[key], module.share_of(name), own[name], mesh
-                )
-
-
-__all__ = ["DTensor", "ParallelModule", "outputs_to_keep", "plan_hash"]

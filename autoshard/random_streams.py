@@ -115,8 +115,8 @@ class RandomStream:
         The device is the keyword `device` if one is given, else that of the first tensor among
         the arguments, else the CPU.
         """
-        if torch.compiler.is_compiling() and self._words is not None and traced_random.has_form(op):
-            result: T = traced_random.run(self._words, op, args, kwargs)
+        if torch.compiler.is_compiling() and self._words is not None and op in traced_random.FORMS:
+            result: T = traced_random.FORMS[op](self._words, *args, **kwargs)
             return result
         with self.on(_device_of(args, kwargs)):
             return op(*args, **kwargs)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -11,11 +11,12 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
-from autoshard import layouts, ops
+from autoshard import layouts
 from autoshard.bindings import bind
 from autoshard.capture import Captured
 from autoshard.failures import know
 from autoshard.groups import Group
+from autoshard.parts import groups_drawn
 from autoshard.sharded import Sharded
 
 _CODEGEN = threading.Lock()
@@ -33,7 +34,7 @@ def rank_module(sharded: Sharded, group: Callable[[int], Group], flat: bool = Fa
 
 
 def layered_module(sharded: Sharded, group: Callable[[int], Group]) -> fx.GraphModule:
-    """What runs, with its groups bound: over the values of `sources`."""
+    """What runs, with its groups bound: over the values of `layered_sources`."""
     runs = sharded.fused or sharded.unfused
     return _bound(bind(runs.graph), {n: bind(body) for n, body in runs.bodies.items()}, group)
 
@@ -86,10 +87,14 @@ class Source:
     index: int = 0
 
 
-def sources(sharded: Sharded, captured: Captured) -> tuple[Source, ...]:
-    """What the graph of layers is called with (the graph itself, where there are none), in order."""
-    layers = {} if sharded.layered is None else sharded.layered.layers
-    graph = sharded.runs if sharded.layered is None else sharded.layered.graph
+def layered_sources(sharded: Sharded, captured: Captured) -> tuple[Source, ...]:
+    """What `layered_module` is called with, in order."""
+    if sharded.layered is None:
+        return _sources(sharded.runs, captured, {})
+    return _sources(sharded.layered.graph, captured, sharded.layered.layers)
+
+
+def _sources(graph: fx.Graph, captured: Captured, layers: Mapping[str, str]) -> tuple[Source, ...]:
     found = []
     for node in graph.nodes:
         if node.op != "placeholder":
@@ -110,9 +115,29 @@ def sources(sharded: Sharded, captured: Captured) -> tuple[Source, ...]:
 
 def random_groups(sharded: Sharded) -> tuple[int, ...]:
     """Degrees of the groups whose random numbers the graph draws."""
-    groups: list[Any] = [n.args[0] for n in sharded.graph.nodes if n.target is ops.with_stream]
-    groups += [n.args[1] for n in sharded.graph.nodes if n.target is ops.with_autocast and n.args[1]]
-    return tuple(dict.fromkeys(int(str(group.target)[2:]) for group in groups))
+    return tuple(int(str(group.target)[2:]) for group in groups_drawn(sharded.graph.nodes))
+
+
+def values_of(
+    sources: Iterable[Source],
+    captured: Captured,
+    parameters: Mapping[str, Tensor],
+    held: Callable[[str], Any],
+    inputs: Sequence[Any],
+) -> list[Any]:
+    """What a graph is called with, in order. held: gives buffers and layers by name."""
+    assert len(inputs) == len(captured.inputs)
+    values: list[Any] = []
+    for source in sources:
+        if source.kind == "parameter":
+            values.append(parameters[source.name])
+        elif source.kind == "input":
+            values.append(inputs[source.index])
+        elif source.kind == "constant":
+            values.append(captured.constants[source.name])
+        else:
+            values.append(held(source.name))
+    return values
 
 
 def placeholder_values(
@@ -123,18 +148,5 @@ def placeholder_values(
     inputs: list[Any],
 ) -> list[Any]:
     """What the rank's graph is called with: parameters and buffers by name, inputs in order."""
-    given = dict(zip(captured.inputs, inputs, strict=True))
-    values = []
-    for node in sharded.graph.nodes:
-        if node.op != "placeholder":
-            break
-        name = str(node.target)  # the name may differ: "input" is a Python builtin
-        if name in captured.parameters:
-            values.append(parameters[captured.parameters[name]])
-        elif name in captured.buffers:
-            values.append(buffers[captured.buffers[name]])
-        elif name in captured.constants:
-            values.append(captured.constants[name])
-        else:
-            values.append(given[name])
-    return values
+    found = _sources(sharded.graph, captured, {})
+    return values_of(found, captured, parameters, buffers.__getitem__, inputs)

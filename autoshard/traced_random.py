@@ -71,7 +71,8 @@ class _Sites:
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _first_site() -> int:
+def first_site() -> int:
+    """A traced forward begins."""
     _Sites.numbers = itertools.count()
     return 0
 
@@ -85,30 +86,6 @@ def begin(number: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """A stream's words for one traced forward: on the CPU and on `device`."""
     words = draw(number, device)
     return words, words.to(device)
-
-
-def first_site() -> None:
-    """A traced forward begins."""
-    _first_site()
-
-
-def run(words: tuple[Tensor, Tensor], op: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-    """`op(*args, **kwargs)` with random numbers made of `words`.
-
-    Raises:
-        NotImplementedError: an operator that has no form here.
-    """
-    on_cpu, on_device = words
-    if op is aten.dropout.default:
-        return _dropout(on_device, *args, **kwargs)
-    if op is aten.scaled_dot_product_attention.default:
-        return _attention(on_cpu, *args, **kwargs)
-    raise NotImplementedError(f"{op} draws random numbers and has no form for torch.compile")
-
-
-def has_form(op: Any) -> bool:
-    """Whether `run` can run it."""
-    return op in (aten.dropout.default, aten.scaled_dot_product_attention.default)
 
 
 def uniform_bits(words: Tensor, site: int, shape: torch.Size) -> Tensor:
@@ -140,20 +117,20 @@ def _wrapped(x: int) -> int:
     return (x + 2**31) % 2**32 - 2**31
 
 
-def _dropout(words: Tensor, x: Tensor, p: float, train: bool) -> Tensor:
+def _dropout(words: tuple[Tensor, Tensor], x: Tensor, p: float, train: bool) -> Tensor:
     """`y = keep · x / (1 - p)`, keep with probability 1 - p."""
     if not train or p == 0.0:
         return x
     if p == 1.0:
         return x * 0.0
-    bits = uniform_bits(words, _next_site(), x.shape)
+    bits = uniform_bits(words[1], _next_site(), x.shape)
     keep = bits >= min(round(p * 2**32), 2**32 - 1) - 2**31
     kept: Tensor = torch.where(keep, x, 0.0) * (1.0 / (1.0 - p))
     return kept
 
 
 def _attention(
-    words: Tensor,
+    words: tuple[Tensor, Tensor],
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -168,10 +145,28 @@ def _attention(
         return F.scaled_dot_product_attention(
             query, key, value, attn_mask, 0.0, is_causal, scale=scale, enable_gqa=enable_gqa
         )
+    query, key, value = (_under_autocast(x) for x in (query, key, value))
+    mask = None if attn_mask is None else _under_autocast(attn_mask)
     out: Tensor = attention(
-        words, _next_site(), query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa
+        words[0], _next_site(), query, key, value, mask, dropout_p, is_causal, scale, enable_gqa
     )
     return out
+
+
+def _under_autocast(x: Tensor) -> Tensor:
+    """What ``torch.autocast`` makes of an operand of PyTorch's own attention; of others nothing."""
+    device = x.device.type
+    if x.is_floating_point() and x.dtype != torch.float64 and torch.is_autocast_enabled(device):
+        return x.to(torch.get_autocast_dtype(device))
+    return x
+
+
+# Operator -> the same with random numbers made of words on the CPU and on the device:
+# (words, *args, **kwargs).
+FORMS: dict[Any, Callable[..., Any]] = {
+    aten.dropout.default: _dropout,
+    aten.scaled_dot_product_attention.default: _attention,
+}
 
 
 @torch.library.custom_op("autoshard::attention", mutates_args=(), tags=(_UNSAFE,))

@@ -148,7 +148,7 @@ def _hugging_face(family: str, shape: Shape) -> nn.Module:
 
 
 def _compiled(s: Setting, model: nn.Module, how: str) -> Callable[..., Any]:
-    """`model`; or it compiled in one graph, that also as CUDA graphs; or each repeated layer compiled."""
+    """`model`; it compiled in one graph, that also as CUDA graphs; each repeated layer compiled."""
     if how == "whole":
         return torch.compile(model, **s.compiling)
     if how == "graphs":

@@ -41,9 +41,18 @@ from typing import Any
 import torch
 from torch import fx
 
-from autoshard import ops, shares
+from autoshard import ops
 from autoshard.analysis import CHECKPOINT
 from autoshard.memory import Overwritten
+from autoshard.parts import (
+    ENTERING,
+    graph_of,
+    groups_drawn,
+    operands_of,
+    place_in_model,
+    results_of,
+    unpack,
+)
 from autoshard.paths import layer_call
 from autoshard.sharded import Nested, Sharded
 
@@ -59,7 +68,6 @@ LIGHT = (
     operator.getitem,
 )  # fmt: skip
 SCALED = (aten.mul.Tensor, aten.div.Tensor, aten.mul.Scalar, aten.div.Scalar)
-ENTERING = (ops.copy, shares.local_part, shares.pad_to)  # named after what they are made of
 
 
 def checkpoint(sharded: Sharded, layers: bool = False) -> Sharded:
@@ -163,43 +171,16 @@ def _nested(graph: fx.Graph, parts: list[list[fx.Node]]) -> Nested:
         if node in first:
             index, part = first[node]
             name = f"checkpoint_{index}"
-            bodies[name], operands, streams, results = _body(part)
+            operands = operands_of(part)
+            bodies[name] = graph_of(part, operands)
             attribute = new.create_node("get_attr", name, name=name)
-            given: Any = (attribute, streams, *operands)
+            given: Any = (attribute, groups_drawn(part), *operands)
             args = fx.map_arg(given, lambda n: env.get(n, n))
-            call = new.create_node(
-                "call_function", ops.checkpointed, args, {}, name=f"part_{index}"
-            )
-            place_in_model = ("nn_module_stack", "stack_trace")
-            call.meta = {k: v for k, v in part[0].meta.items() if k in place_in_model}
-            for place, result in enumerate(results):
-                env[result] = new.create_node(
-                    "call_function", operator.getitem, (call, place), {}, name=result.name
-                )
-                env[result].meta = dict(result.meta)
+            call = new.create_node("call_function", ops.checkpointed, args, {}, name=f"part_{index}")
+            call.meta = place_in_model(node)
+            unpack(call, results_of(part), env)
         elif node not in inside:
             env[node] = new.node_copy(node, lambda n: env[n])
             env[node].meta = dict(node.meta)
     new.lint()
     return Nested(new, bodies)
-
-
-def _body(
-    part: list[fx.Node],
-) -> tuple[fx.Graph, list[fx.Node], tuple[fx.Node, ...], list[fx.Node]]:
-    """The part's graph; its operands, the groups that it draws from, and its results, all in order."""
-    own = set(part)
-    operands = list(dict.fromkeys(n for node in part for n in node.all_input_nodes if n not in own))
-    drawn: list[Any] = [node.args[0] for node in part if node.target is ops.with_stream]
-    drawn += [node.args[1] for node in part if node.target is ops.with_autocast and node.args[1]]
-    results = [node for node in part if not own.issuperset(node.users)]
-    body = fx.Graph()
-    env: dict[fx.Node, fx.Node] = {}
-    for operand in operands:
-        env[operand] = body.create_node("placeholder", operand.name, name=operand.name)
-        env[operand].meta = dict(operand.meta)
-    for node in part:
-        env[node] = body.node_copy(node, lambda n: env[n])
-        env[node].meta = dict(node.meta)
-    body.output(tuple(env[r] for r in results))
-    return body, operands, tuple(dict.fromkeys(drawn)), results

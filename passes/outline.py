@@ -23,18 +23,17 @@ order in which values are computed: ``proof/layered.py`` puts the layers back an
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import fx
 
-from autoshard import ops, shares
+from autoshard import ops
+from autoshard.parts import ENTERING, graph_of, operands_of, place_in_model, results_of, unpack
 from autoshard.paths import layer_call, layer_of
 from autoshard.sharded import Layered, Sharded
 
-ENTERING = (ops.copy, shares.local_part, shares.pad_to)  # named after what they are made of
 OUTSIDE = ("placeholder", "get_attr", "output")
 
 
@@ -65,15 +64,7 @@ class _Run:
 
     @property
     def operands(self) -> list[fx.Node]:
-        """What is used here and comes from outside, in the order of use."""
-        own = set(self.nodes)
-        return list(dict.fromkeys(n for x in self.nodes for n in x.all_input_nodes if n not in own))
-
-    @property
-    def results(self) -> list[fx.Node]:
-        """What is used outside."""
-        own = set(self.nodes)
-        return [node for node in self.nodes if not own.issuperset(node.users)]
+        return operands_of(self.nodes)
 
 
 def _runs(graph: fx.Graph) -> Iterator[_Run]:
@@ -148,43 +139,24 @@ def _layered(
             name = f"layer_{index}"
             own = [n for n in run.operands if n in owned]
             operands = [n for n in run.operands if n not in owned]
-            bodies[name] = _body(run, own, operands)
+            bodies[name] = graph_of(run.nodes, (*own, *operands), alone=True)
             attribute = new.create_node("get_attr", name, name=name)
             names = tuple(owned[n] for n in own)
             given: Any = (modules[str(run.layer)], attribute, names, *(env[n] for n in operands))
-            results = run.results
+            results = results_of(run.nodes)
             call = new.create_node(
                 "call_function", ops.call_layer, given, {},
                 name=results[0].name if len(results) == 1 else f"{name}_results",
             )  # fmt: skip
-            call.meta = {k: v for k, v in node.meta.items() if k in ("nn_module_stack", "stack_trace")}
             if len(results) == 1:
                 env[results[0]] = call
                 call.meta = dict(results[0].meta)
-                continue
-            for place, result in enumerate(results):
-                env[result] = new.create_node(
-                    "call_function", operator.getitem, (call, place), {}, name=result.name
-                )
-                env[result].meta = dict(result.meta)
+            else:
+                call.meta = place_in_model(node)
+                unpack(call, results, env)
         elif node not in inside and node not in env:
             env[node] = new.node_copy(node, lambda n: env[n])
             env[node].meta = dict(node.meta)
     new.lint()
     taken = {parameters[n.name]: n.name for n in owned}
     return Layered(new, bodies, layers, taken)
-
-
-def _body(run: _Run, own: list[fx.Node], operands: list[fx.Node]) -> fx.Graph:
-    """The graph of one call: parameters of the layer, operands -> the result, or a tuple of several."""
-    body = fx.Graph()
-    env: dict[fx.Node, fx.Node] = {}
-    for node in (*own, *operands):
-        env[node] = body.create_node("placeholder", node.name, name=node.name)
-        env[node].meta = dict(node.meta)
-    for node in run.nodes:
-        env[node] = body.node_copy(node, lambda n: env[n])
-        env[node].meta = dict(node.meta)
-    results = tuple(env[r] for r in run.results)
-    body.output(results[0] if len(results) == 1 else results)
-    return body

@@ -12,12 +12,13 @@ import torch._dynamo
 import transformers
 from torch import Tensor, fx, nn
 from torch._dynamo.backends.common import aot_autograd
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 
 import autoshard
 from autoshard import traced_random
 from tests.distributed import run_distributed
 
+aten = torch.ops.aten
 VOCABULARY = 515  # 2 does not divide it
 
 
@@ -88,6 +89,11 @@ class _Graphs:
 def _local(value: Tensor | None) -> Tensor:
     assert value is not None
     return value.to_local() if isinstance(value, DTensor) else value
+
+
+def _whole(value: Tensor | None) -> Tensor:
+    assert value is not None
+    return value.full_tensor() if isinstance(value, DTensor) else value
 
 
 def _gradients(model: nn.Module) -> list[Tensor]:
@@ -207,6 +213,52 @@ def test_layers_compile_one_at_a_time() -> None:
     run_distributed(_one_layer_at_a_time, 2, timeout=300)
 
 
+class Scaled(nn.Module):
+    """A part of its hidden values is an output, and may be given to the next call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(8, 16), nn.Linear(16, 8)
+
+    def forward(self, x: Tensor, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """x: [b, 8], scale: [b, 16] -> [b, 8], [b, 16]."""
+        hidden = self.up(x).relu()
+        hidden = hidden if scale is None else hidden * scale
+        return self.down(hidden), hidden
+
+
+def _shares_go_in() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(3, 8)
+    model = Scaled().eval()
+    tp_model = autoshard.parallelize(model, 2, (x,), degree="max", logits="sharded")
+    assert tp_model.mesh is not None
+    given = distribute_tensor(x, tp_model.mesh["tp"], [Replicate()]).requires_grad_()
+
+    def step(call: Any) -> list[Tensor]:
+        out, hidden = call(x)
+        assert isinstance(hidden, DTensor) or call is model
+        inputs = x.clone().requires_grad_() if call is model else given
+        out, again = call(inputs, hidden)
+        (out.square().sum() + _whole(again).square().sum()).backward()
+        found = [out, again, inputs.grad, *(p.grad for p in tp_model.parameters())]
+        if call is model:
+            found[3:] = [p.grad for p in model.parameters()]
+        given.grad = None
+        tp_model.zero_grad()
+        return [_whole(value).detach() for value in found]
+
+    right = step(model)
+    for call in (tp_model, torch.compile(tp_model, fullgraph=True, backend="aot_eager")):
+        torch.testing.assert_close(step(call), right)
+
+
+@pytest.mark.slow
+def test_shares_go_in() -> None:
+    """DTensors as inputs, split or whole: values and gradients of two compiled calls in a row."""
+    run_distributed(_shares_go_in, 2, timeout=300)
+
+
 def test_bits_are_even_and_independent() -> None:
     """Every bit is 1 half of the time, and equal to that of another call or seed half of the time."""
     words = torch.tensor([123456789, -987654321])
@@ -233,7 +285,7 @@ def test_dropout_keeps_its_share() -> None:
     words = (torch.tensor([5, 6]), torch.tensor([5, 6]))
     x = torch.ones(400, 500)
     for p in (0.0, 0.1, 0.5, 1.0):
-        y = traced_random.run(words, torch.ops.aten.dropout.default, (x, p, True), {})
+        y = traced_random.FORMS[aten.dropout.default](words, x, p, True)
         zero = (y == 0).double().mean().item()
         assert abs(zero - p) < 6 * (p * (1 - p) / x.numel()) ** 0.5 + 1e-12
         if p < 1.0:
@@ -260,3 +312,41 @@ def test_attention_has_the_gradient_of_its_mask(masked: bool) -> None:
     whole = nn.functional.scaled_dot_product_attention(q, k, v, mask)
     assert not torch.allclose(dropped(*inputs), whole)
     assert copy.deepcopy(words).equal(words)
+
+
+def _attended(how: str, masked: bool, dtypes: tuple[torch.dtype, ...]) -> list[Tensor]:
+    """Dropped attention under autocast, and its gradients."""
+    generator = torch.Generator().manual_seed(0)
+    operands = [
+        torch.randn(1, 2, 4, 8, generator=generator).to(d).requires_grad_() for d in dtypes[:3]
+    ]
+    mask = torch.randn(4, 4, generator=generator).to(dtypes[3]).requires_grad_() if masked else None
+    words = torch.tensor([5, -6])
+    attention = aten.scaled_dot_product_attention.default
+
+    def dropped(*given: Tensor | None) -> Tensor:
+        if how == "PyTorch":
+            with traced_random._seeded(words, 0, words.device):
+                return attention(*given, dropout_p=0.5)
+        traced_random.first_site()
+        form: Tensor = traced_random.FORMS[attention]((words, words), *given, dropout_p=0.5)
+        return form
+
+    if how == "compiled":
+        dropped = torch.compile(dropped, fullgraph=True, backend="aot_eager")
+    with torch.autocast("cpu", torch.bfloat16):
+        out = dropped(*operands, mask)
+    out.float().square().sum().backward()
+    wanted = operands if mask is None else [*operands, mask]
+    return [out.detach(), *(_local(x.grad) for x in wanted)]
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("how", ["called", "compiled"])
+def test_attention_under_autocast(how: str, masked: bool) -> None:
+    """Operands of several dtypes are cast as PyTorch casts them: bits, dtypes and gradients."""
+    low, high = torch.bfloat16, torch.float32
+    for dtypes in ((high, high, high, high), (high, low, high, low), (low, low, low, high)):
+        right = _attended("PyTorch", masked, dtypes)
+        assert right[0].dtype == low
+        torch.testing.assert_close(_attended(how, masked, dtypes), right, rtol=0, atol=0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 import torch.distributed as dist
 import transformers
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.testing import assert_close
 
 import autoshard
@@ -151,6 +152,65 @@ def test_means_where_a_branch_ran_on_one_copy() -> None:
         assert_close(found, right)
 
 
+class Mixed(nn.Module):
+    """Two key heads for four query heads, an MLP of six: split 4 and 2 ways on four ranks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.kv, self.out = nn.Linear(8, 16), nn.Linear(8, 16), nn.Linear(16, 8)
+        self.up, self.down = nn.Linear(8, 6), nn.Linear(6, 8)
+
+    def forward(self, x: Tensor, past: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """x: [b, s, 8], past: [b, 2, s, 4] -> [b, s, 8], the keys [b, 2, s, 4]."""
+        q = self.q(x).unflatten(-1, (4, 4)).transpose(1, 2)
+        k, v = (t.unflatten(-1, (2, 4)).transpose(1, 2) for t in self.kv(x).chunk(2, -1))
+        k = k if past is None else k + past
+        y = nn.functional.scaled_dot_product_attention(q, k, v, enable_gqa=True)
+        x = x + self.out(y.transpose(1, 2).flatten(2))
+        return x + self.down(self.up(x).relu()), k
+
+
+def _mixed() -> list[dict[str, Tensor]]:
+    """Gradients of the mean over two batches, each of two calls; on ranks also compiled."""
+    torch.manual_seed(0)
+    model, batches = Mixed().double().eval(), torch.randn(2, 2, 3, 5, 8, dtype=torch.float64)
+    calls: list[Any] = [model]
+    if dist.is_initialized():
+        given = (batches[0, 0],)
+        tp_model = autoshard.parallelize(model, 4, given, degree="max", logits="sharded")
+        assert set(tp_model.plan.degrees.values()) == {2, 4}
+        assert tp_model.mesh is not None and tuple(tp_model.mesh.shape) == (2, 4)
+        batches = batches[tp_model.mesh.get_local_rank("dp")][None]
+        compiled = torch.compile(tp_model, backend="aot_eager", fullgraph=True)
+        model, calls = tp_model, [tp_model, compiled]
+    found = []
+    for call in calls:
+        model.zero_grad()
+        for first, second in batches:
+            _, keys = call(first)
+            if isinstance(keys, DTensor):
+                assert keys.placements == (Shard(1), Replicate())  # two ranks hold each of them
+            out, keys = call(second, keys)
+            assert isinstance(keys, DTensor) == (len(calls) == 2)
+            keys = keys.full_tensor() if isinstance(keys, DTensor) else keys
+            ((out.square().sum() + keys.square().sum()) / len(batches)).backward()
+        if isinstance(model, autoshard.ParallelModule):
+            autoshard.average_gradients(model)
+        named = model.named_parameters()
+        share = model.share_of if isinstance(model, autoshard.ParallelModule) else lambda name: None
+        found.append({n: autoshard.parameters.whole(p.grad, share(n)).clone() for n, p in named})
+    return found
+
+
+@pytest.mark.slow
+def test_degrees_between_beside_copies() -> None:
+    """2 x 4 ranks, regions split 4 and 2 ways: means over the copies, compiled too."""
+    (right,) = _mixed()
+    for plain, compiled in run_distributed(_mixed, 8, timeout=400):
+        assert_close(plain, right)
+        assert_close(compiled, right)
+
+
 def _hooked() -> list[str]:
     model = nanogpt.GPT(nanogpt.GPTConfig(n_layer=2, n_head=4, n_embd=32, dropout=0.0))
     inputs = nanogpt.inputs(model)
@@ -169,3 +229,68 @@ def test_layers_are_called() -> None:
     assert _hooked() == [
         "transformer.h.0", "transformer.h.1", "dtransformer.h.1", "dtransformer.h.0",
     ]  # fmt: skip
+
+
+class Block(nn.Module):
+    """A part of a layer runs in some of its calls only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.up, self.down = nn.LayerNorm(8), nn.Linear(8, 16), nn.Linear(16, 8)
+
+    def forward(self, x: Tensor, gated: bool) -> Tensor:
+        """x: [b, 8] -> [b, 8]."""
+        hidden = self.up(self.norm(x)).relu()
+        return x + self.down(hidden * hidden.sigmoid() if gated else hidden)
+
+
+class Again(nn.Module):
+    """Two blocks of which one is called three times, twice without another between."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.start = nn.Parameter(torch.ones(8))
+        self.blocks = nn.ModuleList(Block() for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [b, 8] -> []."""
+        first, second = self.blocks
+        x = first(first(x * self.start, False), True)
+        return first(second(x, True), False).square().mean()
+
+
+def _called_again(tp: int) -> None:
+    torch.manual_seed(0)
+    model, x = Again().double(), torch.randn(4, 8, dtype=torch.float64)
+    tp_model = autoshard.parallelize(copy.deepcopy(model), tp, (x,), degree="max")
+    assert tp == 1 or tp_model.share_of("blocks.0.up.weight") is not None
+    seen: dict[str, list[Any]] = {}
+    for who, module in (("model", model), ("split", tp_model)):
+        events = seen[who] = []
+        for name in ("blocks.0", "blocks.1"):
+            layer = module.get_submodule(name)
+            layer.register_forward_hook(
+                lambda m, given, out, name=name, events=events: events.append((name, out.detach()))
+            )
+            layer.register_full_backward_hook(
+                lambda m, into, out, name=name, events=events: events.append((name, out[0].detach()))
+            )
+        module(x).backward()
+    assert [name for name, _ in seen["split"]] == [name for name, _ in seen["model"]]
+    assert len(seen["split"]) == 8
+    assert_close([value for _, value in seen["split"]], [value for _, value in seen["model"]])
+    for name, parameter in model.named_parameters():
+        found = tp_model.get_parameter(name).grad
+        found = found.full_tensor() if isinstance(found, DTensor) else found
+        assert_close(found, parameter.grad, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def test_a_layer_is_called_again() -> None:
+    """A layer's every call is one, on the values and gradients that the model's own layer has."""
+    _called_again(1)
+
+
+@pytest.mark.slow
+def test_a_layer_is_called_again_on_ranks() -> None:
+    """And split."""
+    run_distributed(_called_again, 2, 2, timeout=200)

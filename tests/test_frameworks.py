@@ -87,7 +87,7 @@ def test_trainer_refuses(ranks: list[dict[str, Any]]) -> None:
     """What would be silently wrong is an error that says what to do."""
     for found in ranks:
         copies, checkpointing, streamed = found["trainer"]["refused"]
-        assert "2 data parallel copies" in copies and "fully_shard" in copies
+        assert "2 data parallel copies" in copies and "autoshard.fully_shard(model)" in copies
         assert 'checkpoint="layer"' in checkpointing
         assert "dispatch_batches" in streamed
 
@@ -130,10 +130,11 @@ def test_lightning(ranks: list[dict[str, Any]], folder: Path) -> None:
 
 
 @pytest.mark.slow
-def test_lightning_copies(ranks: list[dict[str, Any]], folder: Path) -> None:
+@pytest.mark.parametrize("name", ["copies", "split itself"])
+def test_lightning_copies(ranks: list[dict[str, Any]], folder: Path, name: str) -> None:
     """Two data parallel copies read other batches, and train as one process does on both."""
     right = lightning.fitted(str(folder / "one"), 6)
-    copies = [found["lightning"]["copies"] for found in ranks]
+    copies = [found["lightning"][name] for found in ranks]
     for found in copies:
         alike(found, {name: right[name] for name in ("state", "validated", "rates")})
     assert_close(torch.stack([c["losses"] for c in copies]).mean(0), right["losses"], **EXACT)

@@ -104,6 +104,15 @@ def test_one_rank_needs_no_process_group() -> None:
     assert mesh.placements(1, 0) == (Replicate(),)
 
 
+def test_device_of_one_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The one that is given; of GPUs without a number the current one."""
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    for name in ("cpu", "meta", "cuda:1", "cuda"):
+        found = "cuda:3" if name == "cuda" else name
+        assert Mesh(None, [], device=name).device == torch.device(found)
+        assert Mesh(None, [], device=torch.device(name)).device == torch.device(found)
+
+
 def test_seed_of_the_mesh() -> None:
     """torch's own seed unless one is given; manual_seed starts the streams anew."""
     torch.manual_seed(11)

@@ -32,7 +32,7 @@ import autoshard
 from autoshard import measures, parameters, pipeline, rehearsal
 from autoshard.capture import Captured
 from autoshard.exactly import edit_exactly, exactly
-from autoshard.module import plan_hash
+from autoshard.signatures import plan_hash
 from tests.distributed import run_distributed
 from tests.models import nanogpt, plain
 from tests.models.case import Case

@@ -18,8 +18,8 @@ import autoshard
 from autoshard import ops
 from autoshard.capture import skeleton
 from autoshard.inputs import normalized_inputs
-from autoshard.module import plan_hash
 from autoshard.pipeline import analyse, rewrite
+from autoshard.signatures import plan_hash
 from tests.models import nanogpt
 from tests.models.case import Case
 
@@ -291,7 +291,7 @@ def test_a_plan_prints(plan: autoshard.Plan) -> None:
 
 PROGRAM = """
 import hashlib, torch, autoshard
-from autoshard.module import plan_hash
+from autoshard.signatures import plan_hash
 from tests.models import nanogpt
 from tests.test_plans import graph_text
 model = nanogpt.CASES[0].build("sdpa")

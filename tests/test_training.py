@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.testing import assert_close
 
@@ -253,7 +253,10 @@ def hybrid_batches(rows: slice) -> Iterator[dict[str, Tensor]]:
 
 
 def hybrid(folder: str, how: str) -> dict[str, Any]:
-    """FSDP2 or copies over dp beside tp: gradients of all four rows; saved, loaded, gone on."""
+    """FSDP2 or copies over dp beside tp: gradients of all four rows; saved, loaded, gone on.
+
+    Before each, an evaluation, other values, and the optimizer only then.
+    """
     batch = next(batches(1))
     rows, found = slice(None), {}
     for round_ in ("first", "second"):
@@ -265,11 +268,20 @@ def hybrid(folder: str, how: str) -> dict[str, Any]:
             if how == "one unit":
                 fully_shard(model, mesh=mesh["dp"])
             elif how == "layers":
-                autoshard.fully_shard(model)
+                # In the second round layers stay whole after a forward, as the root does by default.
+                autoshard.fully_shard(model, reshard_after_forward=round_ == "first")
                 assert model.transformer.h[0].__class__.__name__ == "FSDPLayer"
             rows = slice(2 * mesh.get_local_rank("dp"), 2 * mesh.get_local_rank("dp") + 2)
+        with torch.no_grad():
+            model(**batch)
+        model.load_state_dict({n: 1.5 * t for n, t in model_of().state_dict().items()})
+        if isinstance(model, FSDPModule):  # what it left whole would take them, and lose them
+            with pytest.raises(autoshard.AutoshardError, match="before fully_shard"):
+                model.init_weights()
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
         if round_ == "second":
+            with torch.no_grad():
+                model(**batch)
             autoshard.load(folder, model, optimizer)
         norms = []
         for step, part in enumerate(hybrid_batches(rows)):

@@ -11,6 +11,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from autoshard import parameters as stored_parameters
 from autoshard.checkpoints import state
+from autoshard.layers import reshard
 from autoshard.parameters import Stored
 
 
@@ -58,6 +59,7 @@ def _trained(
     model: nn.Module, optimizer: torch.optim.Optimizer
 ) -> Iterator[tuple[int, Stored | None, Tensor]]:
     """The optimizer's parameters, numbered as in its state dict."""
+    reshard(model)  # the optimizer's parameters are the shares
     names = {p: n for n, p in model.named_parameters()}
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     for place, parameter in enumerate(parameters):

@@ -23,11 +23,13 @@ from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule
 
 from autoshard.api import parallelize
 from autoshard.checkpoints import whole
+from autoshard.data_parallel import fully_shard
 from autoshard.errors import AutoshardError
+from autoshard.layers import reshard
 from autoshard.module import ParallelModule
 from autoshard.random_streams import derive_seed
 
@@ -96,8 +98,7 @@ class AutoshardStrategy(ModelParallelStrategy):
         self.model_to_device()
         self.barrier()
         if trainer.state.fn == TrainerFn.FITTING:
-            if isinstance(self.parallel_module, FSDPModule):
-                self.parallel_module.reshard()  # after an evaluation, others stand in their place
+            reshard(self.parallel_module)  # after an evaluation, others stand in their place
             self.setup_optimizers(trainer)
         self.setup_precision_plugin()
 
@@ -127,8 +128,7 @@ class AutoshardStrategy(ModelParallelStrategy):
                 f"is split, and {copies} data parallel copies would train them apart: move them into it"
             )
         if not isinstance(split, FSDPModule):
-            assert split.mesh is not None
-            fully_shard(split, mesh=split.mesh["dp"])
+            fully_shard(split)
 
     def _name_of_child(self, module: pl.LightningModule) -> str:
         if self._name is not None:

@@ -30,6 +30,7 @@ from torch.utils.data import DataLoader
 
 from autoshard import checkpoints
 from autoshard.errors import AutoshardError
+from autoshard.layers import reshard
 from autoshard.module import ParallelModule
 
 FOLDER = "autoshard"  # beside the Trainer's own files, within checkpoint-<step>
@@ -50,7 +51,7 @@ class Trainer(transformers.Trainer):
 
     Args:
         model: what ``autoshard.parallelize`` returned. Of several data parallel copies, after
-            ``fully_shard(model, mesh=model.mesh["dp"])``.
+            ``autoshard.fully_shard(model)``.
         args, options: the Trainer's.
 
     Raises:
@@ -140,8 +141,7 @@ class Trainer(transformers.Trainer):
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """Of the parameters that stay: FSDP2 leaves others in their place after an evaluation."""
-        if isinstance(self.model, FSDPModule):
-            self.model.reshard()
+        reshard(self.model)
         return super().create_optimizer(model)
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
@@ -185,12 +185,12 @@ def _check(model: ParallelModule, args: Any) -> None:
     if mesh is not None and mesh.ndim == 2 and mesh.size(0) > 1 and not isinstance(model, FSDPModule):
         raise AutoshardError(
             f"there are {mesh.size(0)} data parallel copies and nothing averages their gradients: call "
-            'torch.distributed.fsdp.fully_shard(model, mesh=model.mesh["dp"]) before making the Trainer'
+            "autoshard.fully_shard(model) before making the Trainer"
         )
     refused = {
         "gradient_checkpointing": 'parallelize(model, tp, checkpoint="layer"), or enable it before',
         "activation_checkpointing": 'parallelize(model, tp, checkpoint="layer"), or enable it before',
-        "fsdp": 'torch.distributed.fsdp.fully_shard(model, mesh=model.mesh["dp"])',
+        "fsdp": "autoshard.fully_shard(model)",
         "deepspeed": "the ranks of the parallel module",
         "parallelism_config": "nothing: the model knows its ranks",
         "torch_compile": "nothing",

@@ -8,6 +8,8 @@ import sympy
 import torch
 from torch import fx
 
+from autoshard.compat import size_examples
+
 
 class Sizes:
     """Every symbolic size as a number: its example, times ``factor``.
@@ -66,15 +68,11 @@ class Sizes:
     @staticmethod
     def _backed(value: Any) -> bool:
         """Whether a symbol stands for a size of the examples."""
-        environment = value.node.shape_env
-        known = getattr(environment, "backed_var_to_val", None) or environment.var_to_val
-        return value.node.expr in known
+        return value.node.expr in size_examples(value.node.shape_env)
 
     @staticmethod
     def _example(value: Any, symbol: sympy.Symbol) -> int:
-        environment = value.node.shape_env
-        known = getattr(environment, "backed_var_to_val", None) or environment.var_to_val
-        return int(known.get(symbol, 4))
+        return int(size_examples(value.node.shape_env).get(symbol, 4))
 
 
 def _plain(expression: Any, value: Any) -> Any:

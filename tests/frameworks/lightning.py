@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, DistributedSampler
 
+import autoshard
 from tests.models import nanogpt
 
 ROWS, LENGTH = 24, 12
@@ -44,6 +45,16 @@ class Module(pl.LightningModule):
     def configure_optimizers(self) -> Any:
         optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-2)
         return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5)]
+
+
+class Splits(Module):
+    """Splits its model itself, into copies whose layers an evaluation leaves whole."""
+
+    def configure_model(self) -> None:
+        if dist.is_initialized() and not isinstance(self.model, autoshard.ParallelModule):
+            example = tuple(next(iter(loader(1))))
+            self.model = autoshard.parallelize(self.model, 1, example, degree="max", device="cpu")
+            autoshard.fully_shard(self.model, reshard_after_forward=False)
 
 
 def loader(seed: int, copies: int = 1) -> DataLoader[Any]:
@@ -81,14 +92,17 @@ def whole(module: Module) -> dict[str, Tensor]:
 
 
 def fitted(
-    folder: str, steps: int, given: str | None = None, tp: int = 2, dropout: float = 0.0, **options: Any
-) -> dict[str, Any]:
-    """Fit for some steps, from a checkpoint or not, validate between; save."""
-    module = Module(dropout)
+    folder: str, steps: int, given: str | None = None, tp: int = 2, dropout: float = 0.0,
+    kind: type[Module] = Module, **options: Any,
+) -> dict[str, Any]:  # fmt: skip
+    """Validate, fit for some steps, from a checkpoint or not, validate between; save."""
+    module = kind(dropout)
     trainer = trainer_of(folder, tp, max_steps=steps, val_check_interval=2, **options)
     copies = dist.get_world_size() // tp if dist.is_initialized() else 1
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        if kind is Splits:
+            trainer.validate(module, loader(2, copies), verbose=False)
         trainer.fit(module, loader(1, copies), loader(2, copies), ckpt_path=given, weights_only=False)
     path = f"{folder}/{steps}.ckpt"
     trainer.save_checkpoint(path)
@@ -123,4 +137,5 @@ def run(folder: str) -> dict[str, Any]:
     found["random"] = fitted(folder, 4, callbacks=[SaveAt(2, middle)], **masks)
     found["again"] = fitted(folder, 4, middle, **masks)
     found["copies"] = fitted(folder, 6, tp=1)
+    found["split itself"] = fitted(folder, 6, tp=1, kind=Splits)
     return found

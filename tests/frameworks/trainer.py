@@ -13,7 +13,6 @@ import torch.distributed as dist
 import transformers
 from accelerate.data_loader import prepare_data_loader
 from torch import Tensor, nn
-from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 from transformers import default_data_collator
@@ -69,7 +68,7 @@ def split(model: nn.Module, tp: int = 2) -> nn.Module:
     example["num_items_in_batch"] = torch.tensor(3.0)
     model = autoshard.parallelize(model, tp, example, degree="max")
     if dist.get_world_size() > tp:
-        fully_shard(model, mesh=model.mesh["dp"])
+        autoshard.fully_shard(model, reshard_after_forward=False)  # what an evaluation leaves whole
     return model
 
 

@@ -15,11 +15,11 @@ from torch.utils import _pytree as pytree
 from autoshard import Plan, verification
 from autoshard.capture import skeleton
 from autoshard.exactly import default_dtype, edit_exactly, exactly
-from autoshard.module import plan_hash
 from autoshard.passes.assign_degrees import Request
 from autoshard.pipeline import Program, analyse_each, rewrite
 from autoshard.rank import local_share, whole_tensor
 from autoshard.sharded import Sharded
+from autoshard.signatures import plan_hash
 from autoshard.verification import (
     TOLERANCE,
     boundary_inputs,

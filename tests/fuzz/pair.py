@@ -20,7 +20,7 @@ from torch.utils import _pytree as pytree
 
 import autoshard
 from autoshard import parameters as stored
-from autoshard.module import plan_hash
+from autoshard.signatures import plan_hash
 from autoshard.verification import objective
 from tests.fuzz.build import build, drops
 from tests.fuzz.laws import CAPTURED, Shape, Values, distance, gradients_of, inputs_of, law, rounding
