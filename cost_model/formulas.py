@@ -8,8 +8,8 @@
     all-gather   latency log2(d) + (d-1)/d bytes / bus
 
 The host's time is what Python and the launches take. Kernels run behind it, so a phase of a region
-takes the longer of the two: ``Max(device, host)``. No collective is hidden behind a kernel: the
-rewritten graph waits for each.
+takes the longer of the two: ``Max(device, host)``. No collective is counted as hidden behind a kernel
+(docs/cost_model.md).
 """
 
 from __future__ import annotations
