@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -17,20 +17,22 @@ from autoshard.capture import Captured
 from autoshard.failures import know
 from autoshard.groups import Group
 from autoshard.parts import groups_drawn
+from autoshard.passes.fuse import fuse
 from autoshard.sharded import Sharded
 
 _CODEGEN = threading.Lock()
 
 
 def rank_module(sharded: Sharded, group: Callable[[int], Group], flat: bool = False) -> fx.GraphModule:
-    """The graph with its groups bound: a GraphModule over placeholder values, in order.
+    """The graph with its groups bound, without layers: a GraphModule over placeholder values, in order.
 
-    flat: nothing is computed again; every node stands in the one graph.
+    flat: nothing is computed again or fused; every node stands in the one graph.
     """
-    nested = None if flat else sharded.nested
-    if nested is None:
+    if flat:
         return _bound(sharded.graph, {}, group)
-    return _bound(nested.graph, nested.bodies, group)
+    whole = replace(sharded, layered=None, fused=None)
+    runs = fuse(whole).fused or whole.unfused
+    return _bound(runs.graph, runs.bodies, group)
 
 
 def layered_module(sharded: Sharded, group: Callable[[int], Group]) -> fx.GraphModule:

@@ -11,13 +11,12 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import autoshard
-from autoshard import failures, ops
+from autoshard import failures, groups, ops
 from autoshard import parameters as stored_parameters
 from autoshard.capture import skeleton
 from autoshard.errors import UnsoundGraphError
@@ -121,18 +120,20 @@ def batches(count: int = 2, batch: int = 2, length: int = 16) -> list[tuple[Tens
 def counted(places: list[str]) -> Iterator[dict[str, int]]:
     """How often which collective is called; and what an error there would name."""
     counts: dict[str, int] = {}
-    original = dist.all_reduce
+    originals = {name: getattr(groups, name) for name in ("all_reduce", "start_all_reduce")}
 
-    def call(*args: Any, **kwargs: Any) -> Any:
+    def call(name: str, *args: Any) -> Any:
         counts["all_reduce"] = counts.get("all_reduce", 0) + 1
         places.append(str(failures.place(sys._getframe(1))))
-        return original(*args, **kwargs)
+        return originals[name](*args)
 
-    dist.all_reduce = call
+    for name in originals:
+        setattr(groups, name, partial(call, name))
     try:
         yield counts
     finally:
-        dist.all_reduce = original
+        for name, original in originals.items():
+            setattr(groups, name, original)
 
 
 def step(model: nn.Module, accumulate: int = 2) -> Step:
@@ -175,6 +176,15 @@ def split(
     return autoshard.parallelize(
         model, tp, batches(1)[0], degree=degree, plan=plan, checkpoint=again, check_inputs=False
     )
+
+
+def nearly_same(a: Step, b: Step) -> None:
+    """In float64: the bias is added after a sum over ranks in a part, before it in a fused call."""
+    assert (a.forward, a.backward, a.places) == (b.forward, b.backward, b.places)
+    close = partial(torch.testing.assert_close, rtol=1e-11, atol=1e-14)
+    close(torch.tensor([*a.losses, a.later]), torch.tensor([*b.losses, b.later]))
+    assert all(g.dtype == torch.float64 for g in a.gradients.values())
+    close(a.gradients, b.gradients)
 
 
 def same(a: Step, b: Step) -> None:
@@ -420,19 +430,20 @@ def on_a_rank(tp: int) -> Told:
         plan = autoshard.plan(built(None), tp, batches(1)[0], degree="max")
         plan = plan.with_degree("h.0.attention", 2)
         assert {r.degree for r in plan.regions} == {2, 4}
-    again = [step(split(built(None), tp, "layer", plan=plan))]
+    double = torch.float64
+    again = [step(split(built(None, dtype=double), tp, "layer", plan=plan))]
     if tp == 2:
-        again.append(step(split(built(own), tp)))
+        again.append(step(split(built(own, dtype=double), tp)))
     exact = split(built(own, 0.0, torch.float64), tp, plan=plan)
     assert exact.verify(batches(1)[0]).ok
-    return Told(step(split(built(None), tp, plan=plan)), again, step(exact))
+    return Told(step(split(built(None, dtype=double), tp, plan=plan)), again, step(exact))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("tp", [2, 4])
 def test_ranks(tp: int) -> None:
-    """Real ranks: bit for bit the step without, and no collective more; the gradients of one process
-    that runs torch's own checkpoint."""
+    """Real ranks: the step without but for the order of sums, and no collective more; the gradients
+    of one process that runs torch's own checkpoint."""
     alone = step(built("layer", 0.0, torch.float64))
     for told in run_distributed(on_a_rank, tp, tp, timeout=400):
         # The embedding, two sums and the mean of a layer, two of the loss; entering the MLP, the
@@ -441,7 +452,7 @@ def test_ranks(tp: int) -> None:
         assert told.plain.backward == {"all_reduce": 2 * (2 * LAYERS + 1)}
         assert any(p.startswith("the backward of copy at h.0") for p in told.plain.places)
         for done in told.again:
-            same(done, told.plain)
+            nearly_same(done, told.plain)
             assert done.kept < 0.5 * told.plain.kept, (done.kept, told.plain.kept)
             assert done.peak < 0.6 * told.plain.peak, (done.peak, told.plain.peak)
         torch.testing.assert_close(told.exact.losses, alone.losses)
