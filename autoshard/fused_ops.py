@@ -101,7 +101,11 @@ class _ColumnLinear(torch.autograd.Function):
         weights, biases = operands[:count], operands[count:]
         ctx.group, ctx.transposed, ctx.count, ctx.line = group, transposed, count, ops.line()
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x, *weights)
+        ctx.shape = x.shape
+        # As autograd: an operand is kept where the other one's gradient is needed.
+        trained = any(ctx.needs_input_grad[4 : 4 + count])
+        kept = weights if ctx.needs_input_grad[0] else (None,) * count
+        ctx.save_for_backward(x if trained else None, *kept)
         return tuple(_product(x, w, b, transposed) for w, b in zip(weights, biases, strict=True))
 
     @staticmethod
@@ -118,11 +122,10 @@ class _ColumnLinear(torch.autograd.Function):
                     other = weight.t() if ctx.transposed else weight
                     dx = torch.mm(dy, other) if dx is None else dx.addmm_(dy, other)
             if dx is not None:
-                dx = dx.view(x.shape)
+                dx = dx.view(ctx.shape)
                 wait = ctx.group.start_all_reduce(dx)
-        rows = _rows(x)
         of_weights = [
-            _of_weight(rows, dy, ctx.transposed) if need and dy is not None else None
+            _of_weight(_rows(x), dy, ctx.transposed) if need and dy is not None else None
             for dy, need in zip(grads, needed[4 : 4 + ctx.count], strict=True)
         ]
         of_biases = [
@@ -138,8 +141,12 @@ class _RowLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, group: Group, transposed: bool, count: int, *operands: Any) -> Tensor:
         xs, weights, biases = (operands[i * count : (i + 1) * count] for i in range(3))
-        ctx.transposed, ctx.count = transposed, count
-        ctx.save_for_backward(*xs, *weights)
+        ctx.transposed, ctx.count, ctx.shapes = transposed, count, [x.shape for x in xs]
+        of_x, of_weight = ctx.needs_input_grad[3 : 3 + count], ctx.needs_input_grad[3 + count :]
+        ctx.save_for_backward(
+            *(x if needed else None for x, needed in zip(xs, of_weight, strict=False)),
+            *(weight if needed else None for weight, needed in zip(weights, of_x, strict=True)),
+        )
         first = [b if group.coordinate == 0 else None for b in biases]
         y = _product(xs[0], weights[0], first[0], transposed)
         rows = _rows(y)
@@ -154,10 +161,11 @@ class _RowLinear(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         n, saved, dy = ctx.count, ctx.saved_tensors, _rows(dy)
         of_x, of_weight, of_bias = (ctx.needs_input_grad[3 + i * n : 3 + (i + 1) * n] for i in range(3))
-        dxs, dweights = [], []
+        dxs: list[Tensor | None] = []
+        dweights: list[Tensor | None] = []
         for i, (x, weight) in enumerate(zip(saved[:n], saved[n:], strict=True)):
-            other = weight.t() if ctx.transposed else weight
-            dxs.append(torch.mm(dy, other).view(x.shape) if of_x[i] else None)
+            other = weight.t() if of_x[i] and ctx.transposed else weight
+            dxs.append(torch.mm(dy, other).view(ctx.shapes[i]) if of_x[i] else None)
             dweights.append(_of_weight(_rows(x), dy, ctx.transposed) if of_weight[i] else None)
         dbias = dy.sum(0) if any(of_bias) else None
         dbiases = [dbias if needed else None for needed in of_bias]

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.utils import _pytree as pytree
 
@@ -259,7 +260,14 @@ class ParallelModule(Holder):
         Raises:
             NonFiniteError: on every rank of the group, after the forward or, for gradients, at the next
                 forward or the end of the block: the value, its layer and region, and the ranks.
+            AutoshardError: after ``autoshard.fully_shard``: layers are not called here, and their
+                parameters are whole in their calls only.
         """
+        if any(isinstance(layer, FSDPModule) for layer in self.modules() if layer is not self):
+            raise AutoshardError(
+                "check_finite runs the graph without calling its layers, and fully_shard has split their "
+                "parameters further: use it on whole copies, before autoshard.fully_shard"
+            )
         watch = FiniteWatch(self.plan, self.__dict__["_mesh"])
         self.__dict__["_watch"] = watch
         try:

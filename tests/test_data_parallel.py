@@ -82,7 +82,7 @@ def test_the_papers_64_by_8() -> None:
     assert len({one["own seed"] for one in found}) == len(found)
 
 
-def _refused() -> tuple[str, str]:
+def _refused() -> tuple[str, str, str]:
     _fake(8, 0)
     ids = torch.zeros(1, 8, dtype=torch.long)
     config = transformers.GPT2Config(n_layer=1, n_embd=24, n_head=6, vocab_size=64, use_cache=False)
@@ -97,16 +97,22 @@ def _refused() -> tuple[str, str]:
     )
     with pytest.raises(ValueError) as one:
         autoshard.fully_shard(alone)
+    copies = autoshard.parallelize(
+        transformers.GPT2LMHeadModel(config), 2, inputs, degree=2, check_inputs=False, device="cpu"
+    )
+    with pytest.raises(autoshard.AutoshardError) as watched, autoshard.fully_shard(copies).check_finite():
+        pass
     dist.destroy_process_group()
-    return str(between.value), str(one.value)
+    return str(between.value), str(one.value), str(watched.value)
 
 
 def test_fully_shard_says_why_not() -> None:
-    """Degrees between 1 and tp, and a single copy."""
-    ((between, one),) = run_distributed(_refused, 1, process_group=False, timeout=200)
+    """Degrees between 1 and tp, and a single copy; and nobody looks for NaN past the layers' units."""
+    ((between, one, watched),) = run_distributed(_refused, 1, process_group=False, timeout=200)
     assert "attn is split 2 ways and tp is 4" in between
     assert "average_gradients" in between
     assert "dp x 8 ranks with dp > 1" in one
+    assert "before autoshard.fully_shard" in watched
 
 
 class Sometimes(nn.Module):

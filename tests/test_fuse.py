@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -439,6 +440,28 @@ def test_the_sum_runs_under_the_weights_gradients() -> None:
     finally:
         fused_ops._of_weight = original
     assert events[3:] == ["start", "weight", "wait"]
+
+
+@pytest.mark.parametrize("trained", ["x", "weight", "both"])
+def test_what_is_kept(trained: str) -> None:
+    """An operand where the other one is trained, as by autograd: frozen weights keep no activations."""
+    group: Any = SimpleNamespace(coordinate=0, all_reduce=lambda x, inplace: x)
+    x = torch.randn(3, 4, requires_grad=trained != "weight")
+    weight = torch.randn(5, 4, requires_grad=trained != "x")
+    expected = {"x": {weight.data_ptr()}, "weight": {x.data_ptr()}}
+    expected["both"] = expected["x"] | expected["weight"]
+    kept: set[int] = set()
+
+    def keep(saved: Tensor) -> Tensor:
+        kept.add(saved.data_ptr())
+        return saved
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda saved: saved):
+        fused_ops.column_linear(x, group, (weight,), (None,), False)
+        assert kept == expected[trained]
+        kept.clear()
+        fused_ops.row_linear((x,), group, (weight,), (None,), False)
+        assert kept == expected[trained]
 
 
 @pytest.mark.parametrize("how", ["autocast", "compile"])
