@@ -265,8 +265,8 @@ class ParallelModule(Holder):
         """
         if any(isinstance(layer, FSDPModule) for layer in self.modules() if layer is not self):
             raise AutoshardError(
-                "check_finite runs the graph without calling its layers, and fully_shard has split their "
-                "parameters further: use it on whole copies, before autoshard.fully_shard"
+                "check_finite runs the graph without calling its layers, and fully_shard has split "
+                "their parameters further: use it on whole copies, before autoshard.fully_shard"
             )
         watch = FiniteWatch(self.plan, self.__dict__["_mesh"])
         self.__dict__["_watch"] = watch
