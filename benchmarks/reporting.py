@@ -26,15 +26,16 @@ def cells(rows: Sequence[Row]) -> list[list[str]]:
     for row in rows:
         if "seconds" not in row:
             continue
-        # A compiled one is compared with the compiled limit; every family with its own model.
-        compiled = row["name"].endswith(("-compiled", "-layers", "-graphs"))
+        # A compiled one is compared with the limit compiled so; every family with its own model.
+        limits = {"compiled": "limit-compiled", "layers": "limit-compiled", "graphs": "limit-graphs"}
+        limit = limits.get(row["name"].rpartition("-")[2], "limit")
         plain = "plain" if row["family"] == "gpt" else row["family"]
         lines.append([
             row["name"],
             f"{1e3 * row['seconds']:.2f}",
             " to ".join(f"{1e3 * q:.2f}" for q in row["quartiles"]),
             ratio(row, plain),
-            ratio(row, "limit-compiled" if compiled else "limit"),
+            ratio(row, limit),
             _number(row["flops_per_second"], 1e-12, 0),
             _number(row["peak_bytes"], 2**-30, 2),
             _number(row["busy_share"], 100, 0, " %"),

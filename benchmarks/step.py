@@ -225,7 +225,8 @@ def checked(names: Sequence[str], s: Setting, log: Log) -> tuple[dict[str, Row],
 def measured(name: str, one: Contestant, s: Setting) -> Row:
     """Memory and kernels of a contestant; kernels of the rank that waits least for the others."""
     cuda = s.device.type == "cuda"
-    peak = peak_bytes(one, s)
+    # The memory of CUDA graphs is set aside when they are recorded, not in a step.
+    peak = None if name.endswith("-graphs") else peak_bytes(one, s)
     kernels = summary(trace(one.step, partial(meet, cuda), PROFILED, cuda), PROFILED)
     one.drop_gradients()
     ranks = all_ranks({"peak_bytes": peak} | kernels, s)

@@ -127,6 +127,23 @@ def test_one_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
+def _alone(path: str) -> int:
+    return step.main([*SIZES, "--alone", "2", "--only", "limit,autoshard,hand", "--out", path])
+
+
+@pytest.mark.slow
+def test_one_rank_alone(tmp_path: Path) -> None:
+    """Its collectives are called, and nothing is compared: no other rank answers."""
+    path = tmp_path / "alone.json"
+    assert run_distributed(_alone, 1, str(path), process_group=False, timeout=200) == [0]
+    document = json.loads(path.read_text())
+    assert document["alone"] is True and document["tp"] == 2
+    rows = {row["name"]: row for row in document["rows"]}
+    assert [row["right"] for row in rows.values()] == [None] * 3
+    called = {name: row["collectives"] for name, row in rows.items()}
+    assert called == {"limit": 0, "autoshard": 4 + 2 + 2, "hand": 4 + 2 + 3}
+
+
 def test_who_is_for_how_many_ranks() -> None:
     """A contestant for several ranks cannot be chosen for one."""
     assert set(that_fit(1)) | set(that_fit(2)) == set(CONTESTANTS)
@@ -210,10 +227,14 @@ def test_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
         "busy_share": 0.9, "communication_seconds": 0.1, "exposed_communication_seconds": 0.05,
         "host_seconds": 0.2, "collectives": 9.0, "right": True,
     }  # fmt: skip
-    times = {"plain": 4.0, "limit": 2.0, "limit-compiled": 1.0, "hand": 4.0, "hand-layers": 2.0}
+    times = {
+        "plain": 4.0, "limit": 2.0, "limit-compiled": 1.0, "limit-graphs": 0.5, "hand": 4.0,
+        "hand-layers": 2.0, "autoshard-graphs": 1.0,
+    }  # fmt: skip
     rows = [{"name": name, "seconds": seconds, **measured} for name, seconds in times.items()]
     ratios = {line[0]: line[3:5] for line in cells(rows)}
     assert ratios["hand"] == ["1.000", "0.500"] and ratios["hand-layers"] == ["2.000", "0.500"]
+    assert ratios["autoshard-graphs"] == ["4.000", "0.500"]
     with_rich = table(rows)
     monkeypatch.setattr("benchmarks.reporting._has_rich", lambda: False)
     for text in (with_rich, table(rows)):
