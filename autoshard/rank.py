@@ -23,15 +23,18 @@ from autoshard.sharded import Sharded
 _CODEGEN = threading.Lock()
 
 
-def rank_module(sharded: Sharded, group: Callable[[int], Group], flat: bool = False) -> fx.GraphModule:
+def rank_module(
+    sharded: Sharded, group: Callable[[int], Group], flat: bool = False, fused: bool = True
+) -> fx.GraphModule:
     """The graph with its groups bound, without layers: a GraphModule over placeholder values, in order.
 
     flat: nothing is computed again or fused; every node stands in the one graph.
+    fused: what fuses is one call, as in what runs; else every call is one of the graph.
     """
     if flat:
         return _bound(sharded.graph, {}, group)
     whole = replace(sharded, layered=None, fused=None)
-    runs = fuse(whole).fused or whole.unfused
+    runs = (fuse(whole).fused if fused else None) or whole.unfused
     return _bound(runs.graph, runs.bodies, group)
 
 

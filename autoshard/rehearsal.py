@@ -57,7 +57,7 @@ def simulated(
                 value = local_share(value, share, places[name])
             local[name] = value.clone().requires_grad_(name in trained)
         local.update({alias: local[n] for alias, n in names.items() if n in local})
-        module = rank_module(sharded, rank.group)
+        module = rank_module(sharded, rank.group, fused=call is None)  # `call` looks at every node
         own = {n: b.clone() for n, b in buffers.items()}
         values = placeholder_values(sharded, captured, local, own, cloned(flat))
         # What a function of the model's own calls is not in the graph, so not made exact there.
