@@ -43,7 +43,6 @@ def bind(graph: fx.Graph) -> fx.Graph:
     env: dict[fx.Node, fx.Node] = {}
     for node in graph.nodes:
         env[node] = new.node_copy(node, lambda n: env[n])
-        env[node].meta = dict(node.meta)
         if node.op == "call_function":
             env[node].target = BINDINGS.get(node.target, node.target)
     return new

@@ -63,7 +63,7 @@ def row_linear(
 
     xs: [..., in_i], this rank's shares of the contractions. Returns [..., out], the same on every rank.
     """
-    if _apart(xs[0]):
+    if _apart(xs[0]) or any(_unlike(x, xs[0]) for x in xs[1:]):
         parts = [
             ops.reduce(_product(x, w, None, transposed), group, True)
             for x, w in zip(xs, weights, strict=True)
@@ -77,6 +77,11 @@ def row_linear(
 def _apart(x: Tensor) -> bool:
     """Whether PyTorch has to see the calls themselves: to trace them, or to cast their operands."""
     return torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type)
+
+
+def _unlike(x: Tensor, y: Tensor) -> bool:
+    """Whether an addition of their products has to broadcast or to cast one."""
+    return x.shape[:-1] != y.shape[:-1] or x.dtype != y.dtype
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -17,31 +17,28 @@ from autoshard.capture import Captured
 from autoshard.failures import know
 from autoshard.groups import Group
 from autoshard.parts import groups_drawn
-from autoshard.passes.fuse import fuse
 from autoshard.sharded import Sharded
 
 _CODEGEN = threading.Lock()
 
 
-def rank_module(
-    sharded: Sharded, group: Callable[[int], Group], flat: bool = False, fused: bool = True
-) -> fx.GraphModule:
-    """The graph with its groups bound, without layers: a GraphModule over placeholder values, in order.
+def rank_module(sharded: Sharded, group: Callable[[int], Group], flat: bool = False) -> fx.GraphModule:
+    """The graph with its groups bound: a GraphModule over placeholder values, in order.
 
-    flat: nothing is computed again or fused; every node stands in the one graph.
-    fused: what fuses is one call, as in what runs; else every call is one of the graph.
+    flat: nothing is computed again; every node stands in the one graph.
     """
-    if flat:
+    nested = None if flat else sharded.nested
+    if nested is None:
         return _bound(sharded.graph, {}, group)
-    whole = replace(sharded, layered=None, fused=None)
-    runs = (fuse(whole).fused if fused else None) or whole.unfused
-    return _bound(runs.graph, runs.bodies, group)
+    return _bound(nested.graph, nested.bodies, group)
 
 
 def layered_module(sharded: Sharded, group: Callable[[int], Group]) -> fx.GraphModule:
     """What runs, with its groups bound: over the values of `layered_sources`."""
     runs = sharded.fused or sharded.unfused
-    return _bound(bind(runs.graph), {n: bind(body) for n, body in runs.bodies.items()}, group)
+    with _CODEGEN:
+        graph, bodies = bind(runs.graph), {n: bind(body) for n, body in runs.bodies.items()}
+    return _bound(graph, bodies, group)
 
 
 def _bound(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,9 +15,16 @@ from autoshard import capture as capturing
 from autoshard.autograd_functions import is_kept
 from autoshard.exactly import exactly
 from autoshard.measures import cloned, objective
+from autoshard.passes.fuse import fuse
 from autoshard.pipeline import Program
 from autoshard.plans import Plan
-from autoshard.rank import local_share, placeholder_values, rank_module, whole_tensor
+from autoshard.rank import (
+    layered_module,
+    local_share,
+    placeholder_values,
+    rank_module,
+    whole_tensor,
+)
 from autoshard.sharded import Sharded
 from autoshard.simulate import RankContext, run_ranks
 
@@ -47,6 +55,8 @@ def simulated(
     python = any(is_kept(inner) for n in sharded.graph.nodes for inner in (n.target, *n.args))
     dtype = next((p.dtype for p in whole.values() if p.is_floating_point()), torch.float32)
 
+    fused = fuse(replace(sharded, layered=None, fused=None))  # as what runs; `call` looks at every node
+
     def run(rank: RankContext) -> tuple[list[Any], dict[str, Tensor | None], dict[str, int]]:
         local: dict[str, Tensor] = {}
         places: dict[str, int] = {}
@@ -57,7 +67,8 @@ def simulated(
                 value = local_share(value, share, places[name])
             local[name] = value.clone().requires_grad_(name in trained)
         local.update({alias: local[n] for alias, n in names.items() if n in local})
-        module = rank_module(sharded, rank.group, fused=call is None)  # `call` looks at every node
+        make, graph = (layered_module, fused) if call is None else (rank_module, sharded)
+        module = make(graph, rank.group)
         own = {n: b.clone() for n, b in buffers.items()}
         values = placeholder_values(sharded, captured, local, own, cloned(flat))
         # What a function of the model's own calls is not in the graph, so not made exact there.

@@ -31,7 +31,7 @@ from __future__ import annotations
 
 import operator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import fx
@@ -40,6 +40,14 @@ from autoshard import fused_ops, ops
 from autoshard.sharded import Fused, Sharded
 
 aten = torch.ops.aten
+NONE = -1
+
+# Matmuls: where their operand, weight and bias stand, and whether the weight is [in, out].
+LINEARS: dict[Any, tuple[int, int, int, bool]] = {
+    aten.linear.default: (0, 1, 2, False),
+    aten.mm.default: (0, 1, NONE, True),
+    aten.addmm.default: (1, 2, 0, True),
+}
 
 
 @dataclass(frozen=True)
@@ -67,15 +75,11 @@ def linear_of(node: Any) -> Linear | None:
     """The node as a matmul by a parameter; None where it is something else."""
     if not isinstance(node, fx.Node) or node.kwargs:
         return None
-    args: tuple[Any, ...] = node.args
-    if node.target is aten.linear.default:
-        found = Linear(args[0], args[1], args[2] if len(args) > 2 else None, False)
-    elif node.target is aten.mm.default:
-        found = Linear(args[0], args[1], None, True)
-    elif node.target is aten.addmm.default:
-        found = Linear(args[1], args[2], args[0], True)
-    else:
+    if node.target not in LINEARS:
         return None
+    x, weight, bias, transposed = LINEARS[node.target]
+    args = dict(enumerate(node.args))
+    found = Linear(args[x], cast(fx.Node, args[weight]), args.get(bias), transposed)  # type: ignore[arg-type]
     parameters = _is_parameter(found.weight, 2) and (found.bias is None or _is_parameter(found.bias, 1))
     return found if parameters and found.x not in (found.weight, found.bias) else None
 
@@ -163,7 +167,7 @@ def _row(node: fx.Node) -> _Row | None:
     add = _only_user(total)
     if add is not None and add.target is aten.add.Tensor and not add.kwargs and add.args[0] is total:
         bias: Any = add.args[1]
-        if _is_parameter(bias, 1) and _dtype(bias) == _dtype(linear.weight) is not None:
+        if _is_parameter(bias, 1) and _fits(bias, linear):
             return _Row((node, total, add), (linear,), (bias,), total.args[1])
     return _Row((node, total), (linear,), (None,), total.args[1])
 
@@ -183,9 +187,11 @@ def _only_user(node: fx.Node) -> fx.Node | None:
     return next(iter(node.users)) if len(node.users) == 1 else None
 
 
-def _dtype(node: fx.Node) -> torch.dtype | None:
-    value = node.meta.get("val")
-    return value.dtype if isinstance(value, torch.Tensor) else None
+def _fits(bias: fx.Node, linear: Linear) -> bool:
+    """Whether it is one number for each column of the product, in its dtype: nothing is broadcast."""
+    one, matrix = bias.meta["val"], linear.weight.meta["val"]
+    columns = matrix.shape[1 if linear.transposed else 0]
+    return bool(one.shape[0] == columns and one.dtype == matrix.dtype)
 
 
 def _emit_column(

@@ -302,6 +302,13 @@ def test_what_is_not_fused(sharded: Sharded) -> None:
     body = _unfused_where(other_dtype, sharded)
     assert calls(body, fused_ops.row_linear)[0].args[3] == (None,)
 
+    def other_size(graph: fx.Graph) -> None:
+        bias: Any = next(iter(calls(graph, ops.reduce)[0].users)).args[1]
+        bias.meta["val"] = bias.meta["val"][:1]
+
+    body = _unfused_where(other_size, sharded)
+    assert calls(body, fused_ops.row_linear)[0].args[3] == (None,)
+
     def residual(graph: fx.Graph) -> None:
         add = next(iter(calls(graph, ops.reduce)[0].users))
         add.args = (add.args[0], next(n for n in graph.nodes if n.op == "placeholder"))
@@ -412,6 +419,32 @@ def test_row_linear(case: dict[str, Any]) -> None:
         return [y.detach(), *(leaf.grad for leaf in leaves)]
 
     _fused_and_apart(case, run)
+
+
+@pytest.mark.parametrize("unlike", ["shape", "dtype"])
+def test_results_that_are_added_as_they_are(unlike: str) -> None:
+    """Where the addition broadcasts or casts, each product is summed over the ranks by itself."""
+
+    def run(fused: bool, ctx: RankContext) -> list[Tensor | None]:
+        group: Group = ctx.group(2)
+        dtype = torch.float32 if unlike == "dtype" else torch.float64
+        shape = (3, 5) if unlike == "shape" else (2, 3, 5)
+        xs = [_values(ctx.rank, 2, 3, 5), _values(5 + ctx.rank, *shape).to(dtype)]
+        weights = [_values(9 + ctx.rank, 4, 5), _values(15 + ctx.rank, 4, 5).to(dtype)]
+        biases = [_values(20, 4), _values(21, 4).to(dtype)]
+        leaves = [x.requires_grad_() for x in (*xs, *weights, *biases)]
+        if fused:
+            y = fused_ops.row_linear(xs, group, weights, biases, False)
+        else:
+            a, b = (
+                ops.reduce(F.linear(x, w), group, True) + c
+                for x, w, c in zip(xs, weights, biases, strict=True)
+            )
+            y = a + b
+        (_values(30, *y.shape) * y).sum().backward()
+        return [y.detach(), *(leaf.grad for leaf in leaves)]
+
+    _fused_and_apart({"tp": 2}, run)
 
 
 def test_the_sum_runs_under_the_weights_gradients() -> None:
