@@ -5,7 +5,7 @@ Each reads the logits once, and the second writes the gradient once:
     `statistics`    max_c z_c,  log sum_c exp(z_c - max),  z_y      2 or 4 bytes read a logit
     `gradient`      scale exp(z_c - maximum) - [c = y] hit          as many again, and written
 
-against nine passes of PyTorch's operators, some of them in float32. Computed in float32.
+against several passes of PyTorch's operators, some of them in float32. Computed in float32.
 """
 
 from __future__ import annotations

@@ -393,32 +393,16 @@ class _VocabCrossEntropy(torch.autograd.Function):
     ) -> Tensor:
         dim, dtype = split.dim, token_weight.dtype
         own = split.own(logits)
-        in_kernel = not smoothing and kernels.fit(logits, dim, split.width)
-        if in_kernel:
+        if kernels.fit(logits, dim, split.width):
             largest, log_sum, picked = kernels.statistics(logits, split.width, target, split.start)
-        elif split.width:
-            largest = own.amax(dim).to(dtype)
         else:
-            largest = token_weight.new_full(target.shape, -torch.inf)
+            largest, log_sum, picked = _statistics(own, target, split, dtype)
         maximum = split.group.all_reduce(largest, "max")
 
-        if not in_kernel:
-            picked = torch.zeros_like(largest)  # z of the target, 0 where that is elsewhere
-            log_sum = torch.zeros_like(largest)  # log s_r
-            spread = torch.zeros_like(largest)
-        if split.width and not in_kernel:
-            place, inside = split.local(target)
-            picked = torch.where(inside, own.gather(dim, place).squeeze(dim), 0).to(dtype)
-            for some in _parts(own, dim):
-                # log_softmax of the largest logit is -log s_r, and one fused kernel gives it.
-                log_sum[some] = -F.log_softmax(own[some], dim, dtype=dtype).amax(dim)
-                if smoothing:
-                    shifted = own[some] - maximum[some].unsqueeze(dim)
-                    if weight is not None:
-                        shifted.mul_(split.own_weight(weight, own.ndim))
-                    spread[some] = shifted.sum(dim)
         local = torch.where(largest == -torch.inf, 0, (largest - maximum + log_sum).exp())
-        sums = [picked, local, spread] if smoothing else [picked, local]
+        sums = [picked, local]
+        if smoothing:
+            sums.append(_spread(own, maximum, weight, split))
         picked, total, *smooth = split.group.all_reduce(torch.stack(sums), inplace=True).unbind()
         picked = picked - maximum  # exact, where the two are near each other
 
@@ -469,6 +453,35 @@ class _VocabCrossEntropy(torch.autograd.Function):
                 if own.dtype != dtype:
                     down[some] = dz
         return dlogits, None, None, None, None, None, None
+
+
+def _statistics(
+    own: Tensor, target: Tensor, split: _SplitClasses, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of each token over the rank's classes, as `kernels.statistics` gives it: z's maximum; the
+    logarithm of the sum of exp(z - maximum); z at the target, 0 where that is elsewhere."""
+    dim = split.dim
+    log_sum = torch.zeros(target.shape, dtype=dtype, device=own.device)
+    if not split.width:
+        return torch.full_like(log_sum, -torch.inf), log_sum, torch.zeros_like(log_sum)
+    place, inside = split.local(target)
+    picked = torch.where(inside, own.gather(dim, place).squeeze(dim), 0).to(dtype)
+    for some in _parts(own, dim):
+        # log_softmax of the largest logit is -log s_r, and one fused kernel gives it.
+        log_sum[some] = -F.log_softmax(own[some], dim, dtype=dtype).amax(dim)
+    return own.amax(dim).to(dtype), log_sum, picked
+
+
+def _spread(own: Tensor, maximum: Tensor, weight: Tensor | None, split: _SplitClasses) -> Tensor:
+    """sum over the rank's classes of w_c (z_c - maximum), for each token."""
+    spread = torch.zeros_like(maximum)
+    if split.width:
+        for some in _parts(own, split.dim):
+            shifted = own[some] - maximum[some].unsqueeze(split.dim)
+            if weight is not None:
+                shifted.mul_(split.own_weight(weight, own.ndim))
+            spread[some] = shifted.sum(split.dim)
+    return spread
 
 
 def _one_expression(
