@@ -473,6 +473,7 @@ class ParallelModule(Holder):
             self._fits.clear()
         return self
 
+
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _say_detached() -> bool:
     """Once for each compilation."""

@@ -49,9 +49,7 @@ _free: list[torch.cuda.Event] = []  # events that have ended: making one takes l
 _watch: _Watch | None = None
 
 
-def note(
-    collective: str, ranks: Sequence[int], group: dist.ProcessGroup, device: int
-) -> None:
+def note(collective: str, ranks: Sequence[int], group: dist.ProcessGroup, device: int) -> None:
     """A collective was enqueued on the current stream. Not within a CUDA graph's capture."""
     global _watch
     if torch.cuda.is_current_stream_capturing():

@@ -59,8 +59,8 @@ class Layered:
 
 
 @dataclass(frozen=True)
-class Fused:
-    """What runs: matmuls and their collectives are one call where they follow each other.
+class Linked:
+    """A graph with all the graphs that it calls.
 
     Attributes:
         graph: of the layers where there are any.
@@ -83,7 +83,7 @@ class Sharded:
         nested: the same graph, node for node, with the parts whose activations are computed again as
             graphs of their own; None where there are none.
         layered: the same with every repeated layer as a graph of its own; None where there are none.
-        fused: what runs; None where nothing was fused.
+        fused: what runs, matmuls and the collectives beside them as one call; None where none are.
     """
 
     graph: fx.Graph
@@ -92,19 +92,19 @@ class Sharded:
     degrees: tuple[int, ...]
     nested: Nested | None = None
     layered: Layered | None = None
-    fused: Fused | None = None
+    fused: Linked | None = None
 
     @property
-    def unfused(self) -> Fused:
-        """The graph with all that it calls, as proven."""
+    def unfused(self) -> Linked:
+        """As proven; what runs where nothing is fused."""
         nested = {} if self.nested is None else dict(self.nested.bodies)
         if self.layered is None:
-            return Fused(self.runs, nested)
-        return Fused(self.layered.graph, {**nested, **self.layered.bodies})
+            return Linked(self.runs, nested)
+        return Linked(self.layered.graph, {**nested, **self.layered.bodies})
 
     @property
     def runs(self) -> fx.Graph:
-        """The graph that a rank runs, layer by layer or not."""
+        """The graph without layers, and with nothing fused."""
         return self.graph if self.nested is None else self.nested.graph
 
     @property

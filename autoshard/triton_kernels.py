@@ -43,6 +43,4 @@ def gradient(  # type: ignore[no-untyped-def]
     value = tl.exp(x - tl.load(maximum + row)) * tl.load(scale + row)
     value -= tl.where(place == tl.load(target + row) - start, tl.load(hit + row), 0.0)
     value = tl.where(inside, value, 0.0)
-    tl.store(
-        result + row * classes + place, value.to(result.dtype.element_ty), mask=place < classes
-    )
+    tl.store(result + row * classes + place, value.to(result.dtype.element_ty), mask=place < classes)

@@ -354,8 +354,15 @@ def setting(given: argparse.Namespace) -> Setting:
     dtype = torch.bfloat16 if cuda else torch.float32
     if not dist.is_initialized():
         return Setting(shape, device, dtype, given.backend)
-    return Setting(shape, device, dtype, given.backend, dist.get_rank(), dist.get_world_size(),
-                   alone=given.alone is not None)
+    return Setting(
+        shape,
+        device,
+        dtype,
+        given.backend,
+        dist.get_rank(),
+        dist.get_world_size(),
+        alone=given.alone is not None,
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

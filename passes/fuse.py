@@ -37,11 +37,11 @@ import torch
 from torch import fx
 
 from autoshard import fused_ops, ops
-from autoshard.sharded import Fused, Sharded
+from autoshard.sharded import Linked, Sharded
 
 aten = torch.ops.aten
-NONE = -1
 
+NONE = -1  # no such argument
 # Matmuls: where their operand, weight and bias stand, and whether the weight is [in, out].
 LINEARS: dict[Any, tuple[int, int, int, bool]] = {
     aten.linear.default: (0, 1, 2, False),
@@ -68,7 +68,7 @@ def fuse(sharded: Sharded) -> Sharded:
     if graph is None and not any(graphs.values()):
         return sharded
     bodies = {name: made or before.bodies[name] for name, made in graphs.items()}
-    return replace(sharded, fused=Fused(graph or before.graph, bodies))
+    return replace(sharded, fused=Linked(graph or before.graph, bodies))
 
 
 def linear_of(node: Any) -> Linear | None:

@@ -317,9 +317,7 @@ def test_attention_has_the_gradient_of_its_mask(masked: bool) -> None:
 def _attended(how: str, masked: bool, dtypes: tuple[torch.dtype, ...]) -> list[Tensor]:
     """Dropped attention under autocast, and its gradients."""
     generator = torch.Generator().manual_seed(0)
-    operands = [
-        torch.randn(1, 2, 4, 8, generator=generator).to(d).requires_grad_() for d in dtypes[:3]
-    ]
+    operands = [torch.randn(1, 2, 4, 8, generator=generator).to(d).requires_grad_() for d in dtypes[:3]]
     mask = torch.randn(4, 4, generator=generator).to(dtypes[3]).requires_grad_() if masked else None
     words = torch.tensor([5, -6])
     attention = aten.scaled_dot_product_attention.default
