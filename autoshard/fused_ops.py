@@ -9,8 +9,9 @@ gradients are computed. `row_linear` lets the first rank add the bias before the
 it once: one pass over the result fewer. Where results are added (attention and MLP side by side), what
 ranks have is added first, and summed over them once: sum_r a_r + sum_r b_r = sum_r (a_r + b_r).
 
-Both take a weight as `F.linear` does, [out, in], or transposed, [in, out], as `addmm` does.
-Under torch.compile and under autocast they are the calls that they replace.
+Both take a weight as `F.linear` does, [out, in], or transposed, [in, out], as `addmm` does. Under
+autocast they are the calls that they replace, which PyTorch casts one by one. Under torch.compile the
+bias is added after the sum, in the kernel of what comes next.
 """
 
 from __future__ import annotations
@@ -41,7 +42,8 @@ def column_linear(
 
     x: [..., in]. Returns [..., out_i] for each weight.
     """
-    if _apart(x):
+    traced = torch.compiler.is_compiling() and not torch.is_grad_enabled()  # there is no ctx to trace
+    if traced or torch.is_autocast_enabled(x.device.type):
         x = ops.copy(x, group)
         return tuple(_product(x, w, b, transposed) for w, b in zip(weights, biases, strict=True))
     function: Any = _ColumnLinear
@@ -63,20 +65,19 @@ def row_linear(
 
     xs: [..., in_i], this rank's shares of the contractions. Returns [..., out], the same on every rank.
     """
-    if _apart(xs[0]) or any(_unlike(x, xs[0]) for x in xs[1:]):
+    if torch.is_autocast_enabled(xs[0].device.type) or any(_unlike(x, xs[0]) for x in xs[1:]):
         parts = [
             ops.reduce(_product(x, w, None, transposed), group, True)
             for x, w in zip(xs, weights, strict=True)
         ]
         parts = [y if b is None else y + b for y, b in zip(parts, biases, strict=True)]
         return reduce(torch.add, parts)
+    if torch.compiler.is_compiling():
+        products = [_product(x, w, None, transposed) for x, w in zip(xs, weights, strict=True)]
+        y = ops.reduce(reduce(torch.add, products), group)
+        return reduce(torch.add, [b for b in biases if b is not None], y)
     function: Any = _RowLinear
     return cast(Tensor, function.apply(group, transposed, len(xs), *xs, *weights, *biases))
-
-
-def _apart(x: Tensor) -> bool:
-    """Whether PyTorch has to see the calls themselves: to trace them, or to cast their operands."""
-    return torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type)
 
 
 def _unlike(x: Tensor, y: Tensor) -> bool:
@@ -120,7 +121,7 @@ class _ColumnLinear(torch.autograd.Function):
         grads = [None if dy is None else _rows(dy) for dy in given]
         needed = ctx.needs_input_grad
         dx: Tensor | None = None
-        wait: Callable[[], None] | None = None
+        wait: Callable[[], Tensor] | None = None
         if needed[0]:
             for dy, weight in zip(grads, weights, strict=True):
                 if dy is not None:
@@ -138,7 +139,7 @@ class _ColumnLinear(torch.autograd.Function):
             for dy, need in zip(grads, needed[4 + ctx.count :], strict=True)
         ]
         if wait is not None:
-            wait()
+            dx = wait()
         return dx, None, None, None, *of_weights, *of_biases
 
 

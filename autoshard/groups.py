@@ -25,10 +25,6 @@ def _wait(x: Tensor) -> Tensor:
     return cast(Tensor, _functional.wait_tensor(x))
 
 
-def _nothing() -> None:
-    pass
-
-
 class Group(Protocol):
     """The ranks among which something is split in `degree` parts, seen from one of them.
 
@@ -55,8 +51,8 @@ class Group(Protocol):
         contiguous `x` is overwritten and returned, which saves one copy.
         """
 
-    def start_all_reduce(self, x: Tensor) -> Callable[[], None]:
-        """Begin to overwrite the contiguous `x` with the sum; what is called before it is used."""
+    def start_all_reduce(self, x: Tensor) -> Callable[[], Tensor]:
+        """Begin to sum the contiguous `x`, which is given up; what is called gives the sum."""
 
     def all_gather(self, x: Tensor) -> list[Tensor]:
         """Every rank's `x`, by coordinate."""
@@ -75,9 +71,9 @@ class SingleGroup:
         """`x` itself."""
         return x
 
-    def start_all_reduce(self, x: Tensor) -> Callable[[], None]:
-        """Nothing."""
-        return _nothing
+    def start_all_reduce(self, x: Tensor) -> Callable[[], Tensor]:
+        """`x` itself."""
+        return lambda: x
 
     def all_gather(self, x: Tensor) -> list[Tensor]:
         """`[x]`."""
@@ -123,15 +119,19 @@ class ProcessGroupComm:
         self._note("all-reduce", x)
         return x
 
-    def start_all_reduce(self, x: Tensor) -> Callable[[], None]:
+    def start_all_reduce(self, x: Tensor) -> Callable[[], Tensor]:
         """One all-reduce, on NCCL's own stream; waiting lets the current stream wait."""
+        if torch.compiler.is_compiling():
+            y = _functional.all_reduce(x, "sum", self._name)
+            return lambda: _wait(y)
         with failures.explained("all-reduce", self.ranks):
             work = start_all_reduce(x, self.process_group)
 
-        def wait() -> None:
+        def wait() -> Tensor:
             with failures.explained("all-reduce", self.ranks):
                 work.wait()
             self._note("all-reduce", x)
+            return x
 
         return wait
 

@@ -111,10 +111,10 @@ class ThreadGroup:
                 result = result.add_(other) if op == "sum" else _maximum_(result, other)
         return result
 
-    def start_all_reduce(self, x: Tensor) -> Callable[[], None]:
+    def start_all_reduce(self, x: Tensor) -> Callable[[], Tensor]:
         """The sum is there when this returns."""
-        self.all_reduce(x, inplace=True)
-        return lambda: None
+        y = self.all_reduce(x, inplace=True)
+        return lambda: y
 
     def all_gather(self, x: Tensor) -> list[Tensor]:
         """Copies of every rank's tensor."""

@@ -21,9 +21,9 @@ class Silent(ProcessGroupComm):
         """This rank's own `x`; nothing is copied either."""
         return x.detach()
 
-    def start_all_reduce(self, x: Tensor) -> Callable[[], None]:
-        """Nothing."""
-        return lambda: None
+    def start_all_reduce(self, x: Tensor) -> Callable[[], Tensor]:
+        """This rank's own `x`."""
+        return lambda: x
 
     def all_gather(self, x: Tensor) -> list[Tensor]:
         """This rank's own `x` for every rank."""

@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 import autoshard
 from autoshard import traced_random
 from tests.distributed import run_distributed
+from tests.test_fuse import Parallel
 
 aten = torch.ops.aten
 VOCABULARY = 515  # 2 does not divide it
@@ -60,22 +61,29 @@ def _ids(batch: int, length: int) -> Tensor:
 
 
 class _Graphs:
-    """A backend that runs what it is given as it is, and counts the collectives in it."""
+    """A backend that runs what it is given as it is, and counts the collectives in it.
+
+    under: how many matmuls stand between each all-reduce of the backward and its wait.
+    """
 
     def __init__(self) -> None:
         self.forward: Counter[str] = Counter()
         self.backward: Counter[str] = Counter()
+        self.under: list[int] = []
         self.compiler = aot_autograd(
-            fw_compiler=self._counting(self.forward), bw_compiler=self._counting(self.backward)
+            fw_compiler=self._counting(self.forward),
+            bw_compiler=self._counting(self.backward, self.under),
         )
 
     def __call__(self, module: fx.GraphModule, inputs: list[Any]) -> Any:
         return self.compiler(module, inputs)
 
     @staticmethod
-    def _counting(counter: Counter[str]) -> Any:
+    def _counting(counter: Counter[str], under: list[int] | None = None) -> Any:
         def compiler(module: fx.GraphModule, inputs: list[Any]) -> Any:
             counter.clear()
+            if under is not None:
+                under[:] = _matmuls_under(module.graph)
             counter.update(
                 n.target._schema.name.partition("::")[2]
                 for n in module.graph.nodes
@@ -84,6 +92,18 @@ class _Graphs:
             return module
 
         return compiler
+
+
+def _matmuls_under(graph: fx.Graph) -> list[int]:
+    """For each all-reduce, the matmuls between it and its wait."""
+    nodes = list(graph.nodes)
+    found = []
+    for place, node in enumerate(nodes):
+        if node.target is torch.ops._c10d_functional.all_reduce.default:
+            (wait,) = node.users
+            between = nodes[place : nodes.index(wait)]
+            found.append(sum(n.target in (aten.mm.default, aten.addmm.default) for n in between))
+    return found
 
 
 def _local(value: Tensor | None) -> Tensor:
@@ -122,7 +142,8 @@ def _compiled_and_not(kind: str, tp: int) -> dict[str, Any]:
         torch.testing.assert_close(_local(out.logits), _local(plain.logits), check_stride=False)
         torch.testing.assert_close(_gradients(tp_model), expected)
     assert len(tp_model._compiled) == 1
-    found = {"forward": dict(graphs.forward), "backward": dict(graphs.backward)}
+    found: dict[str, Any] = {"forward": dict(graphs.forward), "backward": dict(graphs.backward)}
+    found["under"] = list(graphs.under)
     tp_model.eval()
     with torch.no_grad():
         expected = tp_model(input_ids=ids).logits
@@ -139,6 +160,33 @@ def test_no_break_and_the_same_numbers(kind: str) -> None:
         # transposes: two a layer and the last norm's.
         assert found["forward"] == {"all_reduce": 7, "wait_tensor": 7}
         assert found["backward"] == {"all_reduce": 5, "wait_tensor": 5}
+        # Those of an input's gradient end after the gradients of the weights: per layer of the MLP (two
+        # weights in Llama) and of q, k and v (one in GPT-2). The head's weight is padded, so computed.
+        assert found["under"] == [0, *([1, 1] if kind == "gpt2" else [2, 3]) * 2]
+
+
+def _parallel_blocks() -> tuple[Counter[str], Counter[str]]:
+    torch.manual_seed(0)
+    model, x = Parallel(), torch.randn(2, 5, 16)
+    whole = copy.deepcopy(model)
+    expected = whole(x)
+    expected.backward()
+    split = autoshard.parallelize(model, 2, (x,), degree="max", device="cpu", check_inputs=False)
+    graphs = _Graphs()
+    loss = torch.compile(split, backend=graphs, fullgraph=True)(x)
+    loss.backward()
+    torch.testing.assert_close(loss, expected)
+    for name, parameter in split.named_parameters():
+        gradient = whole.get_parameter(name).grad
+        torch.testing.assert_close(_whole(parameter.grad), gradient, msg=lambda m, n=name: n + m)
+    return graphs.forward, graphs.backward
+
+
+@pytest.mark.slow
+def test_results_that_are_added_are_summed_once() -> None:
+    """Attention and MLP side by side: one all-reduce a layer forward, and one backward."""
+    for found in run_distributed(_parallel_blocks, 2, timeout=200):
+        assert [counter["all_reduce"] for counter in found] == [2, 2]
 
 
 def test_what_was_never_captured_is_a_break_with_its_reason() -> None:
