@@ -4,6 +4,7 @@
     python benchmarks/step.py --preset 1920x12 --only plain,autoshard-compiled,hf-gpt2
     torchrun --nproc-per-node 2 benchmarks/step.py --preset tiny --backend aot_eager   # on a CPU
     python benchmarks/step.py --preset 1920x12 --alone 2       # one GPU as one rank of two
+    python benchmarks/step.py --preset 3072x8 --alone 2 --link h200   # and as slow as with its links
 
 All contestants (`benchmarks/contestants.py`) are in memory at once and take turns: in every round each
 has one turn, in an order drawn anew, of one step that is not timed and --block steps that are, one
@@ -326,10 +327,23 @@ def options(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--connections", type=int, help="CUDA_DEVICE_MAX_CONNECTIONS; Megatron asks for 1"
     )
     parser.add_argument("--alone", type=int, metavar="N", help="be one of N ranks, the others missing")
+    parser.add_argument("--link", metavar="PROFILE", help="alone: collectives take this machine's time")
     parser.add_argument("--cpu", action="store_true", help="although there is a GPU")
     parser.add_argument("--out", type=Path, help="a file for the figures, as JSON")
     parser.add_argument("--plot", type=Path, help="a file for a picture of them; needs matplotlib")
     return parser.parse_args(arguments)
+
+
+def join_missing(world: int, link: str | None) -> None:
+    """Be the first of so many ranks, the others missing."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    if link is not None:
+        from benchmarks.pretended import register
+
+        register(link)
+    backend = "fake" if link is None else "pretended"
+    dist.init_process_group(backend, store=FakeStore(), rank=0, world_size=world)
 
 
 def setting(given: argparse.Namespace) -> Setting:
@@ -346,9 +360,7 @@ def setting(given: argparse.Namespace) -> Setting:
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
     if given.alone:
-        from torch.testing._internal.distributed.fake_pg import FakeStore
-
-        dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=given.alone)
+        join_missing(given.alone, given.link)
     elif "WORLD_SIZE" in os.environ and not dist.is_initialized():
         dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None)
     dtype = torch.bfloat16 if cuda else torch.float32
@@ -385,6 +397,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "torch": torch.__version__,
         "tp": s.world,
         "alone": s.alone,
+        "link": given.link,
         "dtype": str(s.dtype).removeprefix("torch."),
         "backend": s.backend,
         "connections": os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS"),
