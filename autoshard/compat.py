@@ -158,7 +158,7 @@ class _Shares(torch.autograd.Function):
         _holders_of_one()  # found outside of backward
         ctx.specs = [p._spec for p in parameters]
         ctx.strides = [p._local_tensor.stride() for p in parameters]
-        return tuple(p._local_tensor.view_as(p._local_tensor) for p in parameters)
+        return tuple(p._local_tensor.detach() for p in parameters)
 
     @staticmethod
     @once_differentiable
@@ -241,7 +241,7 @@ def _accumulated(node: Any, grad: Tensor, spec: DTensorSpec) -> bool:
         parameter is None  # no parameter: computed from one
         or parameter._backward_hooks
         or parameter._post_accumulate_grad_hooks
-        or not parameter.dtype == grad.dtype == parameter.grad_dtype
+        or parameter.grad_dtype is not grad.dtype
     ):
         return False
     before = parameter.grad

@@ -42,9 +42,9 @@ def column_linear(
 
     x: [..., in]. Returns [..., out_i] for each weight.
     """
-    traced = torch.compiler.is_compiling() and not torch.is_grad_enabled()  # there is no ctx to trace
-    if traced or torch.is_autocast_enabled(x.device.type):
-        x = ops.copy(x, group)
+    backward = torch.is_grad_enabled()
+    if not backward or torch.is_autocast_enabled(x.device.type):
+        x = ops.copy(x, group) if backward else x
         return tuple(_product(x, w, b, transposed) for w, b in zip(weights, biases, strict=True))
     function: Any = _ColumnLinear
     return cast(
@@ -72,12 +72,21 @@ def row_linear(
         ]
         parts = [y if b is None else y + b for y, b in zip(parts, biases, strict=True)]
         return reduce(torch.add, parts)
+    given = [b for b in biases if b is not None]
     if torch.compiler.is_compiling():
         products = [_product(x, w, None, transposed) for x, w in zip(xs, weights, strict=True)]
-        y = ops.reduce(reduce(torch.add, products), group)
-        return reduce(torch.add, [b for b in biases if b is not None], y)
-    function: Any = _RowLinear
-    return cast(Tensor, function.apply(group, transposed, len(xs), *xs, *weights, *biases))
+        return reduce(torch.add, given, ops.reduce(reduce(torch.add, products), group))
+    own = reduce(torch.add, [b.detach() for b in given]) if given and group.coordinate == 0 else None
+    # As rows: `F.linear` of more dimensions and a bias gives a view, which cannot be summed in place.
+    y = _product(_rows(xs[0]), weights[0], own, transposed)
+    for x, weight in zip(xs[1:], weights[1:], strict=True):
+        y = torch.addmm(y, _rows(x), weight if transposed else weight.t())
+    if torch.is_grad_enabled():
+        function: Any = _Sum
+        y = function.apply(y, group, *given) if given else ops.reduce(y, group, True)
+    else:
+        y = group.all_reduce(y, inplace=True)
+    return y if xs[0].dim() == 2 else y.view(*xs[0].shape[:-1], y.shape[-1])
 
 
 def _unlike(x: Tensor, y: Tensor) -> bool:
@@ -143,36 +152,18 @@ class _ColumnLinear(torch.autograd.Function):
         return dx, None, None, None, *of_weights, *of_biases
 
 
-class _RowLinear(torch.autograd.Function):
+class _Sum(torch.autograd.Function):
+    """The sum over the ranks of `y`, in its memory, to which the first one added the biases."""
+
     @staticmethod
-    def forward(ctx: Any, group: Group, transposed: bool, count: int, *operands: Any) -> Tensor:
-        xs, weights, biases = (operands[i * count : (i + 1) * count] for i in range(3))
-        ctx.transposed, ctx.count, ctx.shapes = transposed, count, [x.shape for x in xs]
-        of_x, of_weight = ctx.needs_input_grad[3 : 3 + count], ctx.needs_input_grad[3 + count :]
-        ctx.save_for_backward(
-            *(x if needed else None for x, needed in zip(xs, of_weight, strict=False)),
-            *(weight if needed else None for weight, needed in zip(weights, of_x, strict=True)),
-        )
-        first = [b if group.coordinate == 0 else None for b in biases]
-        y = _product(xs[0], weights[0], first[0], transposed)
-        rows = _rows(y)
-        for x, weight, bias in zip(xs[1:], weights[1:], first[1:], strict=True):
-            rows.addmm_(_rows(x), weight if transposed else weight.t())
-            if bias is not None:
-                rows.add_(bias)
-        return group.all_reduce(y, inplace=True)
+    def forward(ctx: Any, y: Tensor, group: Group, *biases: Tensor) -> Tensor:
+        ctx.needed = ctx.needs_input_grad[2:]
+        ctx.mark_dirty(y)
+        group.all_reduce(y, inplace=True)
+        return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        n, saved, dy = ctx.count, ctx.saved_tensors, _rows(dy)
-        of_x, of_weight, of_bias = (ctx.needs_input_grad[3 + i * n : 3 + (i + 1) * n] for i in range(3))
-        dxs: list[Tensor | None] = []
-        dweights: list[Tensor | None] = []
-        for i, (x, weight) in enumerate(zip(saved[:n], saved[n:], strict=True)):
-            other = weight.t() if of_x[i] and ctx.transposed else weight
-            dxs.append(torch.mm(dy, other).view(ctx.shapes[i]) if of_x[i] else None)
-            dweights.append(_of_weight(_rows(x), dy, ctx.transposed) if of_weight[i] else None)
-        dbias = dy.sum(0) if any(of_bias) else None
-        dbiases = [dbias if needed else None for needed in of_bias]
-        return None, None, None, *dxs, *dweights, *dbiases
+        dbias = dy.sum(0) if any(ctx.needed) else None
+        return dy, None, *(dbias if needed else None for needed in ctx.needed)

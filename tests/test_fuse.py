@@ -478,7 +478,7 @@ def test_the_sum_runs_under_the_weights_gradients() -> None:
 @pytest.mark.parametrize("trained", ["x", "weight", "both"])
 def test_what_is_kept(trained: str) -> None:
     """An operand where the other one is trained, as by autograd: frozen weights keep no activations."""
-    group: Any = SimpleNamespace(coordinate=0, all_reduce=lambda x, inplace: x)
+    group: Any = SimpleNamespace(degree=2, coordinate=0, all_reduce=lambda x, inplace: x)
     x = torch.randn(3, 4, requires_grad=trained != "weight")
     weight = torch.randn(5, 4, requires_grad=trained != "x")
     expected = {"x": {weight.data_ptr()}, "weight": {x.data_ptr()}}
@@ -537,6 +537,12 @@ SAMPLES: dict[Any, list[tuple[tuple[Any, ...], dict[str, Any]]]] = {
         ((_X[None], _X[None], _X[None], torch.ones(3, 3, dtype=torch.bool)), {}),
     ],
     aten.split_with_sizes.default: [((_X, [1, 3], -1), {}), ((_X, [1, 1]), {})],
+    aten.add.Tensor: [((_X, _X.flip(0)), {"alpha": 2}), ((_X, 0.5), {}), ((_X, _X.bfloat16()), {})],
+    aten.mean.dim: [((_X, [-1], True), {}), ((_X, [0]), {"dtype": torch.float64})],
+    aten.mul.Tensor: [((_X, _X.flip(0)), {}), ((_X, 2), {}), ((_X, _X.bfloat16()), {})],
+    aten.neg.default: [((_X,), {})],
+    aten.pow.Tensor_Scalar: [((_X, 2), {}), ((_X, 3.0), {})],
+    aten.silu.default: [((_X,), {})],
     aten.tanh.default: [((_X,), {})],
     aten.transpose.int: [((_X, 0, -1), {})],
     aten.unsqueeze.default: [((_X, 1), {})],
