@@ -112,7 +112,8 @@ def parallelize(
         )
     keep = outputs_to_keep(program, model.training, logits)
     again = model.training and checkpoint == "layer"
-    made, sharded = rewrite(program, tp, request, keep, costs, uniform, again)
+    overlap = _overlap(plan)
+    made, sharded = rewrite(program, tp, request, keep, costs, uniform, again, overlap)
     if again and sharded.nested is None:
         raise AutoshardError(
             'checkpoint="layer" finds no numbered layers (h.0, layers.0, ...) of several operators '
@@ -171,7 +172,7 @@ def plan(
     target = Target(hardware, batch, sequence, memory, optimizer, checkpoint, uniform)
     program, request, example = _analysed(model, tp, example_inputs, degree, plan, pre_norm)
     costs = _costs(program, model, tp, target, example, example_inputs)
-    made, _ = planned(program.analysis, tp, request, costs, uniform)
+    made, _ = planned(program.analysis, tp, request, costs, uniform, _overlap(plan))
     _check_plan(made, tp, strict)
     return made
 
@@ -199,7 +200,7 @@ def _request(model: nn.Module, tp: int, degree: str | int, given: Any) -> Reques
         if isinstance(degree, bool) or not isinstance(degree, int) or degree < 1 or tp % degree:
             raise ValueError(f'degree={degree!r} must be "auto", "max" or a divisor of tp={tp}')
         return degree
-    plan = given if isinstance(given, Plan) else Plan.load(given)
+    plan = _read(given)
     if plan.tp != tp:
         raise PlanError(f"the plan is for tp={plan.tp}, not tp={tp}: make one with plan(model, {tp})")
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
@@ -209,6 +210,15 @@ def _request(model: nn.Module, tp: int, degree: str | int, given: Any) -> Reques
             f"{fingerprint(shapes)}): parameter names or shapes differ; make a new one with plan()"
         )
     return plan.degrees
+
+
+def _read(given: Any) -> Plan:
+    return given if isinstance(given, Plan) else Plan.load(given)
+
+
+def _overlap(given: Any) -> bool:
+    """What a given plan says of it; without one all-reduces run under matmuls wherever they can."""
+    return given is None or _read(given).overlap
 
 
 def _check_model(model: nn.Module, tp: int) -> None:

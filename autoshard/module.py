@@ -427,7 +427,9 @@ class ParallelModule(Holder):
         keep = outputs_to_keep(program, self.training, self.logits, found)
         degrees = degrees_of(self.plan, program)
         again = self.training and self._checkpoint == "layer"
-        _, sharded = rewrite(program, self.plan.tp, degrees, keep, layers_again=again)
+        _, sharded = rewrite(
+            program, self.plan.tp, degrees, keep, layers_again=again, overlap=self.plan.overlap
+        )
         lying = {program.captured.parameters[p]: s for p, s in sharded.stored.items()}
         used = {program.captured.parameters[n.name] for n in program.analysis.axes.parameters}
         for name in used:

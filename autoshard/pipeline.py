@@ -147,6 +147,7 @@ def rewrite(
     costs: Costs | None = None,
     uniform: bool = False,
     layers_again: bool = False,
+    overlap: bool = True,
 ) -> tuple[Plan, Sharded]:
     """Decide the degrees, write the rank's graph, and prove it.
 
@@ -155,15 +156,16 @@ def rewrite(
         uniform: ``"auto"`` takes the degrees 1 and ``tp`` only.
         layers_again: the activations of all layers are computed again (``checkpoint="layer"``), not
             only what the model runs under ``torch.utils.checkpoint``.
+        overlap: as ``Plan.overlap``; of ``"auto"`` the cost model says it.
     """
     analysis = program.analysis
     with Stages(program.seconds, ("plan", "shard", "prove")) as stages:
         with stages.stage("plan"):
-            plan, assignment = planned(analysis, tp, request, costs, uniform)
+            plan, assignment = planned(analysis, tp, request, costs, uniform, overlap)
         with stages.stage("shard"):
             sharded = shard(analysis.graph, analysis.axes, assignment, keep_split)
             sharded = checkpoint(sharded, layers_again)
-            sharded = fuse(outline(sharded, analysis.names))
+            sharded = fuse(outline(sharded, analysis.names), plan.overlap)
         with stages.stage("prove"):
             held = program.captured.held
             prove(analysis.graph, sharded, _differentiable(analysis), held, analysis.names)

@@ -167,6 +167,15 @@ class Costs:
             raise PlanError(self._no_fit(miss)) from None
         return degrees, {u.name: self._reason(u, degrees[u.name]) for u in self.model.workload.units}
 
+    def overlap(self, degrees: Mapping[str, int]) -> tuple[bool, str]:
+        """Whether all-reduces under the weights' gradients are predicted to win, and by how much."""
+        apart = CostModel(self.model.workload, replace(self.setting, overlap=False), self.tp)
+        beside, alone = (model.predict(degrees).step_time for model in (self.model, apart))
+        times = f"{_time(beside)} a step, {_time(alone)} one after the other"
+        if beside < alone:
+            return True, times
+        return False, f"predicted to win nothing on {self.setting.hardware.name}: {times}"
+
     def _no_fit(self, miss: NoFit) -> str:
         rest, limit = self.model.rest.memory_per_rank, self.setting.memory
         need = miss.bytes + rest
@@ -213,17 +222,28 @@ def _time(seconds: float) -> str:
 
 
 def planned(
-    analysis: Analysis, tp: int, request: Request, costs: Costs | None, uniform: bool = False
+    analysis: Analysis,
+    tp: int,
+    request: Request,
+    costs: Costs | None,
+    uniform: bool = False,
+    overlap: bool = True,
 ) -> tuple[Plan, Assignment]:
-    """The plan for a request; ``"auto"``: what the cost model chooses, which must be given then."""
+    """The plan for a request; ``"auto"``: what the cost model chooses, which must be given then.
+
+    overlap: as ``Plan.overlap``, of other requests.
+    """
     reasons: dict[str, str] = {}
+    overlap_reason = "by request"
     if request == "auto":
         assert costs is not None
         request, reasons = costs.choose(uniform)
+        overlap, overlap_reason = costs.overlap(request)
     plan, assignment = assign_degrees(analysis, tp, request)
 
     def again(degrees: Mapping[str, int]) -> Plan:
-        return planned(analysis, tp, degrees, costs)[0]
+        return planned(analysis, tp, degrees, costs, overlap=overlap)[0]
 
     regions = tuple(replace(r, reason=reasons.get(r.name, r.reason)) for r in plan.regions)
-    return replace(plan, regions=regions, _again=again, _costs=costs), assignment
+    plan = replace(plan, regions=regions, overlap=overlap, overlap_reason=overlap_reason)
+    return replace(plan, _again=again, _costs=costs), assignment

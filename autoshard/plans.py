@@ -18,7 +18,7 @@ class Predicted:
     """What the cost model says of one step of forward and backward on one rank.
 
     Times in seconds: ``step_time`` is the sum of compute (matrix products, attention), memory
-    traffic (what is bound by memory), exposed communication (nothing hides a collective: all of it)
+    traffic (what is bound by memory), exposed communication (what no product hides of collectives)
     and launch (where Python and the launches take longer than the device). Memory in bytes.
     """
 
@@ -144,6 +144,9 @@ class Plan:
         unknown: operators without a rule that met a weight-dependent value, with their place.
         sharded_fraction: share of the forward's matmul FLOPs that run on a shard, 0 to 1.
         fingerprint: hash of the model's parameter names and shapes.
+        overlap: whether the all-reduce of an input's gradient runs under the gradients of the weights
+            that it was multiplied by.
+        overlap_reason: why.
     """
 
     tp: int
@@ -154,6 +157,8 @@ class Plan:
     sharded_fraction: float = 0.0
     fingerprint: str = ""
     notes: tuple[str, ...] = ()
+    overlap: bool = True
+    overlap_reason: str = ""
     _again: Callable[[Mapping[str, int]], Plan] | None = field(default=None, repr=False, compare=False)
     _costs: Costs | None = field(default=None, repr=False, compare=False)
 
@@ -247,6 +252,7 @@ class Plan:
             "autoshard_plan": FORMAT,
             "tp": self.tp,
             "fingerprint": self.fingerprint,
+            "overlap": self.overlap,
             "regions": {r.name: {"kind": r.kind, "degree": r.degree} for r in self.regions},
         }
         Path(path).write_text(json.dumps(document, indent=2) + "\n")
@@ -280,7 +286,13 @@ class Plan:
                 Region(name, str(entry.get("kind", "")), degree, (degree,), (), (), (), (), (), (),
                        (), 0, f"read from {Path(path).name}")
             )  # fmt: skip
-        return Plan(tp, tuple(found), fingerprint=str(document.get("fingerprint", "")))
+        overlap = document.get("overlap", True)
+        if not isinstance(overlap, bool):
+            raise PlanError(f"{path}: field 'overlap' must be true or false, is {overlap!r}")
+        return Plan(
+            tp, tuple(found), fingerprint=str(document.get("fingerprint", "")), overlap=overlap,
+            overlap_reason=f"read from {Path(path).name}",
+        )  # fmt: skip
 
     def __str__(self) -> str:
         from autoshard.tables import plan_table

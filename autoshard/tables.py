@@ -140,8 +140,18 @@ def _regions(plan: Plan) -> Table:
         table.caption = (
             f"forward, backward: all-reduces of one step, {forward} and {backward} in all"
             + ("; small: a few numbers per token" if any(map(_is_small, plan.regions)) else "")
+            + _overlap(plan)
         )
     return table
+
+
+def _overlap(plan: Plan) -> str:
+    """Whether all-reduces run under matmuls, and why."""
+    if plan.tp == 1 or all(region.degree == 1 for region in plan.regions):
+        return ""
+    how = "under the weights' gradients" if plan.overlap else "before the weights' gradients"
+    why = f" ({plan.overlap_reason})" if plan.overlap_reason else ""
+    return f"\ninput gradients are summed {how}{why}"
 
 
 def _all_reduces(region: Region) -> tuple[str, str]:

@@ -32,7 +32,7 @@ from torch import nn
 import autoshard
 from autoshard.cost_model.formulas import seconds
 from autoshard.cost_model.hardware import load
-from autoshard.cost_model.model import CostModel
+from autoshard.cost_model.model import CostModel, Setting
 from autoshard.cost_model.search import Option, search
 from autoshard.cost_model.work import Collective
 from benchmarks.models import Mixed, Shape, build, tokens
@@ -118,6 +118,12 @@ def baseline() -> None:
     print(f"flops.float16 = {low:.6e}")
 
 
+def as_measured(setting: Setting) -> Setting:
+    """The program that was measured: all-reduces beside nothing, and no kernels of split classes."""
+    passes = {**setting.hardware.passes, "vocab_cross_entropy": (23.1, 32.0)}
+    return replace(setting, hardware=replace(setting.hardware, passes=passes), overlap=False)
+
+
 def shapes(path: Path, hardware: str = "h200") -> None:
     """Forward and backward of GPTs and Llamas, whole and split over two."""
     errors = []
@@ -128,7 +134,8 @@ def shapes(path: Path, hardware: str = "h200") -> None:
             on_meta(shape, torch.bfloat16), row["tp"], tokens(shape.vocabulary, 2, 16), degree="max",
             hardware=hardware, batch=shape.batch, sequence=shape.sequence,
         )  # fmt: skip
-        found = plan.predicted
+        model = plan.costs.model  # type: ignore[attr-defined]
+        found = CostModel(model.workload, as_measured(model.setting), row["tp"]).predict(plan.degrees)
         error = found.step_time / row["seconds"] - 1
         left_out = shape.name == FITTED
         errors += [] if left_out else [abs(error)]

@@ -40,6 +40,7 @@ def fit(measured: Mapping[str, Any], name: str, date: str) -> Hardware:
         passes=_passes(measured["operators"], bandwidth, itemsize, start),
         host=host,
         links=links,
+        overlap=float(measured.get("overlap", 0.0)),
         source="autoshard calibrate",
         date=date,
         versions=dict(measured["versions"]),

@@ -6,10 +6,10 @@
     traffic      bytes / bandwidth + kernel
     all-reduce   latency log2(d) + 2 (d-1)/d bytes / bus          (ring; Megatron's f and g)
     all-gather   latency log2(d) + (d-1)/d bytes / bus
+    beside products of t seconds, a collective of c:   c - overlap min(c, t)
 
 The host's time is what Python and the launches take. Kernels run behind it, so a phase of a region
-takes the longer of the two: ``Max(device, host)``. No collective is counted as hidden behind a kernel
-(docs/cost_model.md).
+takes the longer of the two: ``Max(device, host)``.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ BANDWIDTH, KERNEL = sympy.symbols("bandwidth kernel", positive=True)
 M0, N0, K0 = sympy.symbols("m0 n0 k0", nonnegative=True)
 TILE_M, TILE_N, PROCESSORS = sympy.symbols("tile_m tile_n processors", positive=True, integer=True)
 LATENCY, BUS = sympy.symbols("latency bus", positive=True)
+OVERLAP = sympy.Symbol("overlap", nonnegative=True)
 BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
 PHASES = ("forward", "backward")
 
@@ -58,10 +59,11 @@ def seconds(item: Item) -> Expr:
         case Traffic(size, operator, backward):
             times = sympy.Symbol(f"{operator}_{PHASES[backward]}", positive=True) if operator else 1
             return times * size / BANDWIDTH + KERNEL
-        case Collective(kind, size, degree):
+        case Collective(kind, size, degree, under):
             ways = 2 if kind == "all_reduce" else 1
             hops = sympy.log(degree) / sympy.log(2)
-            return LATENCY * hops + ways * (degree - 1) * size / (degree * BUS)
+            own = LATENCY * hops + ways * (degree - 1) * size / (degree * BUS)
+            return own - OVERLAP * sympy.Min(own, device(under)) if under else own
 
 
 def device(items: Iterable[Item]) -> Expr:
@@ -88,6 +90,7 @@ def constants(hardware: Hardware, degree: int) -> dict[str, float]:
         "bandwidth": hardware.bandwidth, "kernel": hardware.kernel,
         "m0": hardware.fill[0], "n0": hardware.fill[1], "k0": hardware.fill[2],
         "tile_m": hardware.tile[0], "tile_n": hardware.tile[1], "processors": hardware.processors,
+        "overlap": hardware.overlap,
     }  # fmt: skip
     for dtype in BYTES:
         values[f"rate_{dtype}"] = hardware.rate(dtype)

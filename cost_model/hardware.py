@@ -64,6 +64,8 @@ class Hardware:
         host: node kind -> (forward, backward) seconds of Python and launch; 0 where not given (one
             process has no collectives, and no parameters that are DTensors).
         links: levels of the network, from the inside out.
+        overlap: how much of the shorter one is hidden where a product and an all-reduce of the group
+            run side by side, 0 to 1.
         source: where the numbers come from; date, versions and fit_error of a measured profile.
     """
 
@@ -80,6 +82,7 @@ class Hardware:
     links: tuple[Link, ...]
     tile: tuple[int, int] = (1, 1)
     processors: int = 1
+    overlap: float = 0.0
     source: str = ""
     date: str = ""
     versions: Mapping[str, str] = field(default_factory=dict)
@@ -203,6 +206,7 @@ def _read(path: Path) -> Hardware:
         ),
         tile=(int(positive("tile", tile[0])), int(positive("tile", tile[1]))),
         processors=int(positive("processors", processors)),
+        overlap=min(1.0, number("overlap", document.get("overlap", 0.0))),
         source=str(document.get("source", "")),
         date=str(document.get("date", "")),
         versions=dict(document.get("versions", {})),

@@ -80,6 +80,7 @@ def measure(device: torch.device, dtype: torch.dtype, degrees: tuple[int, ...] =
         "operators": _operators(device, dtype, clock, groups[-1] if groups else None),
         "host": _host(device, dtype, groups[-1] if groups else None),
         "collectives": _collectives(device, dtype, groups, clock),
+        "overlap": _overlap(device, dtype, groups[-1], clock) if groups else 0.0,
     }
 
 
@@ -191,7 +192,7 @@ OPERATORS: dict[str, Callable[..., Tensor]] = {
 }
 SHAPES = {
     "cross_entropy": [(8192, 32000), (8192, 16000)],
-    "vocab_cross_entropy": [(8192, 32000), (8192, 16000)],
+    "vocab_cross_entropy": [(32768, 32000), (16384, 32000)],
     "embedding": [(32000, 1024), (32000, 4096)],
 }
 
@@ -320,6 +321,24 @@ def _collectives(
             seconds = clock(lambda x=x, group=group: group.all_reduce(x, inplace=True))  # type: ignore[misc]
             found.append(("all_reduce", group.degree, numel * dtype.itemsize, seconds))
     return found
+
+
+def _overlap(
+    device: torch.device, dtype: torch.dtype, group: ProcessGroupComm, clock: _Clock
+) -> float:
+    """How much of the shorter one is hidden where a weight's gradient and an all-reduce run at once."""
+    tokens, hidden = (8192, 3072) if device.type == "cuda" else (512, 256)
+    gemm = _gemm(hidden, 2 * hidden, tokens, device, dtype)
+    x = torch.zeros(tokens, hidden, device=device, dtype=dtype)
+
+    def both() -> None:
+        wait = group.start_all_reduce(x)
+        gemm()
+        wait()
+
+    product, collective = clock(gemm), clock(lambda: group.all_reduce(x, inplace=True))
+    hidden_seconds = product + collective - clock(both)
+    return min(1.0, max(0.0, hidden_seconds / min(product, collective)))
 
 
 def _versions(gpu: bool) -> dict[str, str]:

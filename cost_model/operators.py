@@ -43,6 +43,7 @@ VIEWS_IF_DENSE = frozenset(("reshape", "contiguous"))  # a copy otherwise
 GATHERED = frozenset(("slice", "select", "split", "split_with_sizes", "chunk", "unbind"))
 ADDITIONS = frozenset(("add", "sub", "subtract"))
 BIASED = frozenset(("addmm", "baddbmm"))
+BY_WEIGHT = frozenset(("linear", "mm", "addmm"))  # what `passes/fuse.py` fuses with a copy
 BATCHED = frozenset(("bmm", "baddbmm", "matmul", "einsum"))
 ATTENTION = "scaled_dot_product_attention"
 # Measured by name -> what they keep: arguments, "" for the result, "mask" for a byte per element.
@@ -65,7 +66,7 @@ KEEP_NOTHING = frozenset(
     )
 )  # fmt: skip
 LOSS = "loss"  # the result is all-reduced as a split loss: scalars per token
-LOSS_LAUNCHES = {"forward": 20, "backward": 10}  # of the vocabulary-parallel cross entropy
+LOSS_LAUNCHES = {"forward": 31, "backward": 15}  # of the vocabulary-parallel cross entropy
 
 
 @dataclass(frozen=True)
@@ -254,6 +255,17 @@ def _products(op: Operator) -> tuple[list[Item], list[Item]]:
     if any(_is_bias(op, o) and o.flows for o in op.operands):
         backward.append(Traffic(op.bytes))
     return [Product(batch, m, n, k, op.dtype)], backward
+
+
+def weight_gradient(op: Operator) -> Product | None:
+    """The product that gives the gradient of the weight that the call multiplies by; None without."""
+    if op.name not in BY_WEIGHT or not (op.product and op.flows and op.parameters):
+        return None
+    factors = [o for o in op.operands if not _is_bias(op, o)]
+    if len(factors) != 2 or not factors[1].flows:
+        return None
+    found = _products(op)[1][int(factors[0].flows)]
+    return found if isinstance(found, Product) else None
 
 
 def _attention(op: Operator) -> tuple[list[Item], list[Item]]:

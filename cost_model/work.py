@@ -66,11 +66,15 @@ class Traffic:
 
 @dataclass(frozen=True)
 class Collective:
-    """``all_reduce`` or ``all_gather`` of a tensor of so many bytes (whole) over ``degree`` ranks."""
+    """``all_reduce`` or ``all_gather`` of a tensor of so many bytes (whole) over ``degree`` ranks.
+
+    under: products that it can run beside: of an input's gradient, those of the weights' gradients.
+    """
 
     kind: str
     bytes: Size
     degree: Size
+    under: tuple[Product, ...] = ()
 
 
 Item: TypeAlias = Product | Attention | Traffic | Collective

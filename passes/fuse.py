@@ -60,11 +60,15 @@ class Linear:
     transposed: bool
 
 
-def fuse(sharded: Sharded) -> Sharded:
-    """The rank's graph with what runs, where anything can be fused; ``graph`` is unchanged."""
+def fuse(sharded: Sharded, overlap: bool = True) -> Sharded:
+    """The rank's graph with what runs, where anything can be fused; ``graph`` is unchanged.
+
+    overlap: copies are fused with their matmuls, so that the sum of the input's gradient runs under
+        the gradients of the weights: a choice of the plan.
+    """
     before = sharded.unfused
-    graphs = {name: _fused(body) for name, body in before.bodies.items()}
-    graph = _fused(before.graph)
+    graphs = {name: _fused(body, overlap) for name, body in before.bodies.items()}
+    graph = _fused(before.graph, overlap)
     if graph is None and not any(graphs.values()):
         return sharded
     bodies = {name: made or before.bodies[name] for name, made in graphs.items()}
@@ -92,11 +96,12 @@ def _is_parameter(node: Any, dim: int) -> bool:
     return isinstance(value, torch.Tensor) and value.dim() == dim
 
 
-def _fused(graph: fx.Graph) -> fx.Graph | None:
+def _fused(graph: fx.Graph, overlap: bool) -> fx.Graph | None:
     """The graph with fused calls; None where there are none."""
     rows = _rows(graph)
     gone = {node for row in rows.values() for node in row.nodes}
-    columns = {n: c for n in graph.nodes if (c := _column(n, gone)) is not None}
+    candidates = graph.nodes if overlap else ()
+    columns = {n: c for n in candidates if (c := _column(n, gone)) is not None}
     if not rows and not columns:
         return None
     placed = {linear: (copy, i) for copy, found in columns.items() for i, linear in enumerate(found)}

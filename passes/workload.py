@@ -30,6 +30,7 @@ from autoshard.cost_model.operators import (
     numel,
     phase,
     shows_operand,
+    weight_gradient,
     work_of,
 )  # fmt: skip
 from autoshard.cost_model.work import (
@@ -74,6 +75,7 @@ class _Builder:
         self.roots: dict[fx.Node, fx.Node] = {}
         self.kept: set[fx.Node] = set()
         self.known: dict[Any, Work] = {}
+        self.operators: dict[fx.Node, Operator] = {}
 
     def run(self) -> Workload:
         nodes: dict[Owner, dict[fx.Node, Operator]] = defaultdict(dict)
@@ -84,6 +86,7 @@ class _Builder:
                 layer = layer_of(module_path(node))
                 layers |= {layer} if layer is not None else set()
                 nodes[self.owner.get(node, layer is not None)][node] = described
+                self.operators[node] = described
         units = []
         for tie, candidate in enumerate(self.analysis.candidates):
             for index, region in enumerate(candidate.regions):
@@ -109,19 +112,26 @@ class _Builder:
             for (value, degree), calls in found.copied.items():
                 users = {self.owner[c][0] for c in calls if c in self.owner}
                 if degree == d and len(users) > 1:
-                    shared[value.name, d] = Collective("all_reduce", self._bytes(value), D), users
+                    shared[value.name, d] = self._entering(value, calls), users
         return shared
 
     @cached_property
-    def copies(self) -> dict[int, dict[fx.Node, list[Size]]]:
-        """By degree and first call: bytes of the values that enter one candidate alone."""
-        copies: dict[int, dict[fx.Node, list[Size]]] = {}
+    def copies(self) -> dict[int, dict[fx.Node, list[Collective]]]:
+        """By degree and first call: all-reduces of the values that enter one candidate alone."""
+        copies: dict[int, dict[fx.Node, list[Collective]]] = {}
         for d, found in self.flows.items():
             copies[d] = defaultdict(list)
             for (value, degree), calls in found.copied.items():
                 if degree == d and (value.name, d) not in self.shared:
-                    copies[d][calls[0]].append(self._bytes(value))
+                    copies[d][calls[0]].append(self._entering(value, calls))
         return copies
+
+    def _entering(self, value: fx.Node, calls: list[fx.Node]) -> Collective:
+        """The all-reduce of a value's gradient; under the weights' where only matmuls use the copy."""
+        found = [weight_gradient(self.operators[c]) if c in self.operators else None for c in calls]
+        under = tuple(p for p in found if p is not None)
+        under = under if len(under) == len(calls) else ()
+        return Collective("all_reduce", self._bytes(value), D, under)
 
     @cached_property
     def parameters(self) -> dict[Owner, list[fx.Node]]:
@@ -221,7 +231,7 @@ class _Builder:
         )  # fmt: skip
         reduced = self.flows[degree].reduced
         calls = tuple((op, reduced.get(node, "")) for node, op in nodes.items())
-        copies = tuple(size for node in nodes for size in self.copies[degree].get(node, ()))
+        copies = tuple(c for node in nodes for c in self.copies[degree].get(node, ()))
         key = calls, copies, self._elements(owner, degree), in_layer
         if key not in self.known:
             self.known[key] = _sum(*key)
@@ -264,7 +274,7 @@ class _Builder:
 
 
 def _sum(
-    calls: tuple[tuple[Operator, str], ...], copies: tuple[Size, ...],
+    calls: tuple[tuple[Operator, str], ...], copies: tuple[Collective, ...],
     parameters: tuple[tuple[int, int], ...], in_layer: bool,
 ) -> Work:  # fmt: skip
     works = [work_of(op, reduced) for op, reduced in calls]
@@ -274,8 +284,9 @@ def _sum(
     for work in works:
         hosts[0].update(dict(work.forward.host))
         hosts[1].update(dict(work.backward.host))
-    for size in copies:
-        backward += [Collective("all_reduce", size, D), Traffic(2 * size)]
+    for copy in copies:
+        # The copy that is summed: one too many where the sum runs under products, in its own memory.
+        backward += [copy, Traffic(2 * copy.bytes)]
         hosts[1]["collective"] += 1
     return Work(
         phase(forward, hosts[0]), phase(backward, hosts[1]), total(w.saved for w in works),

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import autoshard
+from autoshard import fused_ops, ops
+from autoshard.capture import skeleton
 from autoshard.cost_model import formulas
 from autoshard.cost_model.formulas import constants, seconds
 from autoshard.cost_model.hardware import Hardware, load
@@ -23,6 +25,8 @@ from autoshard.cost_model.operators import LOSS, Operand, Operator, work_of
 from autoshard.cost_model.work import B, Collective, D, Product, S, Traffic
 from autoshard.cost_model.work import again as repeated
 from autoshard.errors import PlanError
+from autoshard.inputs import normalized_inputs
+from autoshard.pipeline import analyse, rewrite
 from autoshard.planning import Costs
 from benchmarks.models import Mixed, Shape, build, tokens
 from tests.models import nanogpt
@@ -235,6 +239,76 @@ def test_collectives_are_those_of_the_plan() -> None:
         if isinstance(i, Collective)
     ]  # fmt: skip
     assert [sympy.simplify(c.bytes - 4 * B * S * 64) for c in found] == [0, 0]
+
+
+def test_what_a_sum_runs_under() -> None:
+    """The products of the gradients of the weights that the value was multiplied by, local ones."""
+    for family, name, widths in (
+        ("gpt", "layers.0.mlp", [256]),
+        ("gpt", "layers.0.attention", [3 * 64]),  # q, k and v in one weight
+        ("llama", "layers.0.attention", [64, 16, 16]),  # apart: 8 heads of 8, 2 for keys and values
+    ):
+        model = model_of(planned(family, 2))
+        unit = next(u for u in model.workload.units if u.name == name)
+        (found,) = [i for i in unit.work[2].backward.items if isinstance(i, Collective)]
+        expected = [2 * B * S * 64 * width / D for width in widths]
+        pairs = zip(found.under, expected, strict=True)
+        assert [sympy.simplify(p.flops - flops) for p, flops in pairs] == [0] * len(widths)
+    assert not any(
+        i.under for u in model.workload.units for i in u.work[2].forward.items
+        if isinstance(i, Collective)
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+def test_what_runs_under_products_is_hidden_in_part(share: float) -> None:
+    """c - overlap min(c, t), for a sum that is longer than the product, and one that is shorter."""
+    machine = replace(load("h200"), overlap=share)
+    values = constants(machine, 2) | {"d": 2}
+
+    def number(item: Any) -> float:
+        formula = seconds(item)
+        return float(formula.xreplace({s: sympy.Float(values[s.name]) for s in formula.free_symbols}))
+
+    for size in (2**12, 2**30):
+        product = Product(1, 2048, 2048, 2048, "bfloat16")
+        alone, beside = Collective("all_reduce", size, D), Collective("all_reduce", size, D, (product,))
+        hidden = share * min(number(alone), number(product))
+        assert number(beside) == pytest.approx(number(alone) - hidden)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5])
+def test_overlap_is_a_choice_of_the_plan(share: float, tmp_path: Any) -> None:
+    """Taken where it is predicted to win, with both times; kept in a file; and followed."""
+    machine = replace(load("h200"), overlap=share)
+    shape = Shape("gpt", 4096, 32, 2, 128, 2, vocabulary=256)
+    with torch.device("meta"):
+        model = build(shape)
+    batch = tokens(256, 2, 128)
+    options: dict[str, Any] = {"hardware": machine, "batch": 8, "sequence": 1024}
+    plan = autoshard.plan(model, 2, batch, **options)
+    assert max(plan.degrees.values()) == 2
+    assert plan.overlap == (share > 0)
+    setting = model_of(plan).setting
+    times = [
+        CostModel(model_of(plan).workload, replace(setting, overlap=on), 2).predict(plan.degrees)
+        for on in (True, False)
+    ]
+    assert (times[0].step_time < times[1].step_time) == plan.overlap
+    for time in times:
+        assert f"{time.step_time * 1e3:.2f} ms" in plan.overlap_reason
+    assert ("before" if share == 0 else "under") + " the weights' gradients" in str(plan)
+    plan.save(tmp_path / "plan.json")
+    assert autoshard.Plan.load(tmp_path / "plan.json").overlap == plan.overlap
+    assert autoshard.plan(model, 2, batch, plan=tmp_path / "plan.json").overlap == plan.overlap
+    small = build(replace(shape, hidden=64, heads=4))
+    program = analyse(skeleton(small), *normalized_inputs(small, tokens(256, 2, 16)), 2)
+    sharded = rewrite(program, 2, "max", overlap=plan.overlap)[1]
+    assert sharded.fused is not None
+    called = {n.target for body in sharded.fused.bodies.values() for n in body.nodes}
+    assert (fused_ops.column_linear in called) == plan.overlap
+    assert (ops.copy in called) != plan.overlap
+    assert fused_ops.row_linear in called
 
 
 def test_one_copy_for_two_regions_is_paid_once() -> None:
