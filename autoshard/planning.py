@@ -234,7 +234,7 @@ def planned(
     overlap: as ``Plan.overlap``, of other requests.
     """
     reasons: dict[str, str] = {}
-    overlap_reason = "by request"
+    overlap_reason = ""
     if request == "auto":
         assert costs is not None
         request, reasons = costs.choose(uniform)
