@@ -227,6 +227,7 @@ def plan_figures(plan: Plan) -> dict[str, Any]:
              "reason": r.reason, "collectives": r.collectives, "parameters": r.parameters}
             for r in plan.regions
         ],
+        "overlap": plan.overlap,
         "sharded_fraction": plan.sharded_fraction,
         "parameters_per_rank": plan.parameter_numel_per_rank,
         "predicted": asdict(plan.predicted),

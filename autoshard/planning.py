@@ -167,6 +167,12 @@ class Costs:
             raise PlanError(self._no_fit(miss)) from None
         return degrees, {u.name: self._reason(u, degrees[u.name]) for u in self.model.workload.units}
 
+    def apart(self) -> Costs:
+        """The same where no all-reduce runs under products."""
+        if not self.setting.hardware.overlap:
+            return self
+        return Costs(self.analysis, self.tp, replace(self.setting, overlap=False), self.target)
+
     def overlap(self, degrees: Mapping[str, int]) -> tuple[bool, str]:
         """Whether all-reduces under the weights' gradients are predicted to win, and by how much."""
         apart = CostModel(self.model.workload, replace(self.setting, overlap=False), self.tp)
@@ -246,4 +252,6 @@ def planned(
 
     regions = tuple(replace(r, reason=reasons.get(r.name, r.reason)) for r in plan.regions)
     plan = replace(plan, regions=regions, overlap=overlap, overlap_reason=overlap_reason)
+    if costs is not None and not overlap:
+        costs = costs.apart()
     return replace(plan, _again=again, _costs=costs), assignment

@@ -135,11 +135,11 @@ class PretendedGroup(dist.ProcessGroup):
         return "pretended"
 
 
-def register(profile: str) -> None:
+def register(profile: str, device: str = "cuda") -> None:
     """Make ``init_process_group("pretended")`` possible, with the links of a machine's profile."""
     machine = load(profile)
 
     def create(store: Any, rank: int, size: int, timeout: timedelta) -> PretendedGroup:
         return PretendedGroup(rank, size, machine.link(size))
 
-    dist.Backend.register_backend("pretended", create, devices=["cuda"])
+    dist.Backend.register_backend("pretended", create, devices=[device])

@@ -300,7 +300,13 @@ def test_overlap_is_a_choice_of_the_plan(share: float, tmp_path: Any) -> None:
     assert ("before" if share == 0 else "under") + " the weights' gradients" in str(plan)
     plan.save(tmp_path / "plan.json")
     assert autoshard.Plan.load(tmp_path / "plan.json").overlap == plan.overlap
-    assert autoshard.plan(model, 2, batch, plan=tmp_path / "plan.json").overlap == plan.overlap
+    again = autoshard.plan(model, 2, batch, plan=tmp_path / "plan.json", **options)
+    assert again.overlap == plan.overlap
+    assert again.predicted.step_time == pytest.approx(plan.predicted.step_time)
+    elsewhere = options | {"hardware": "h200"}  # where it would win: the file says how it runs
+    again = autoshard.plan(model, 2, batch, plan=tmp_path / "plan.json", **elsewhere)
+    assert again.overlap == plan.overlap
+    assert again.predicted.step_time == pytest.approx(times[0 if plan.overlap else 1].step_time)
     small = build(replace(shape, hidden=64, heads=4))
     program = analyse(skeleton(small), *normalized_inputs(small, tokens(256, 2, 16)), 2)
     sharded = rewrite(program, 2, "max", overlap=plan.overlap)[1]

@@ -12,7 +12,10 @@ from unittest import mock
 import pytest
 import torch
 import torch._dynamo
+import torch.distributed as dist
+from torch import Tensor
 
+from autoshard.cost_model.hardware import Link
 from autoshard.pipeline import analyse
 from benchmarks import step
 from benchmarks.contestants import CONTESTANTS, Setting, check, make, reference, that_fit
@@ -125,6 +128,44 @@ def test_one_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         assert row["right"] is True and row["collectives"] == 0
         assert row["loss"] == pytest.approx(rows[row["family"]]["loss"], rel=1e-5), name
     assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def _pretended(how: str) -> list[tuple[tuple[int, ...], bool]]:
+    """Sizes of the collectives of a step, and whether they run beside; nothing is sent on a CPU."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    from benchmarks import pretended
+
+    calls: list[tuple[tuple[int, ...], bool]] = []
+
+    class Noted(pretended.PretendedGroup):
+        def __init__(self, rank: int, size: int, link: Link) -> None:
+            dist.ProcessGroup.__init__(self, rank, size)
+
+        def _send(self, x: Tensor, share: float, asynchronous: bool) -> dist.Work:
+            calls.append((tuple(x.shape), asynchronous))
+            return pretended._Done([])
+
+    pretended.PretendedGroup = Noted  # type: ignore[misc]
+    pretended.register("h200", "cpu")
+    dist.init_process_group("pretended", store=FakeStore(), rank=0, world_size=2)
+    s = Setting(replace(step.SMALL, layers=1), torch.device("cpu"), torch.float32, "aot_eager", 0, 2)
+    one = make(how, s)
+    one.step()
+    calls.clear()
+    one.step()
+    return calls
+
+
+@pytest.mark.slow
+def test_pretended_links() -> None:
+    """Every collective of a step gets there; those of input gradients run beside the matmuls."""
+    (calls,) = run_distributed(_pretended, 1, "autoshard", process_group=False, timeout=120)
+    whole, rows, tokens = (2, 32, 64), (64, 64), (64,)
+    forward = [(shape, False) for shape in (whole, rows, rows, tokens, (2, *tokens))]
+    assert calls == [*forward, *[(whole, True)] * 3]
+    (calls,) = run_distributed(_pretended, 1, "autoshard-compiled", process_group=False, timeout=120)
+    assert [shape for shape, _ in calls] == [whole] * 3 + [tokens, (2, *tokens)] + [whole] * 3
 
 
 def _alone(path: str) -> int:
