@@ -212,7 +212,7 @@ def _holders_of_one() -> tuple[int, int]:
                 found.append(_holders(grad))
             return grads[0]
 
-    with torch.enable_grad():
+    with without_modes(), torch.enable_grad():
         one = torch.zeros(2, device="cpu", requires_grad=True)
         (Count.apply(one) * 2).sum().backward()  # type: ignore[no-untyped-call]
     return found[0]
@@ -223,7 +223,10 @@ def _is_whole_backward(nodes: list[Any], grads: Sequence[Tensor | None]) -> bool
     first = next((g for g in grads if g is not None), None)
     if first is None or first.requires_grad or torch.compiler.is_compiling():
         return False
-    if first.is_cuda and torch._C._cuda_getCurrentStream(first.device.index)[0] != 0:
+    if first.is_cuda:
+        if torch._C._cuda_getCurrentStream(first.device.index)[0] != 0:
+            return False
+    elif first.device.type != "cpu":
         return False
     try:
         return all(torch._C._will_engine_execute_node(node) for node in nodes)
