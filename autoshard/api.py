@@ -101,7 +101,8 @@ def parallelize(
         raise ValueError(f"logits={logits!r} must be one of {', '.join(LOGITS)}")
     device_mesh = init_mesh(tp, mesh, device)
     target = Target(hardware, batch, sequence, memory, optimizer, checkpoint, uniform)
-    program, request, example = _analysed(model, tp, example_inputs, degree, plan, pre_norm)
+    given = _read(plan)
+    program, request, example = _analysed(model, tp, example_inputs, degree, given, pre_norm)
     costs = _costs(program, model, tp, target, example, example_inputs)
     unknown = [n for n, b in model.named_buffers() if b.is_meta]
     if unknown:
@@ -112,8 +113,7 @@ def parallelize(
         )
     keep = outputs_to_keep(program, model.training, logits)
     again = model.training and checkpoint == "layer"
-    overlap = _overlap(plan)
-    made, sharded = rewrite(program, tp, request, keep, costs, uniform, again, overlap)
+    made, sharded = rewrite(program, tp, request, keep, costs, uniform, again, _overlap(given))
     if again and sharded.nested is None:
         raise AutoshardError(
             'checkpoint="layer" finds no numbered layers (h.0, layers.0, ...) of several operators '
@@ -170,15 +170,21 @@ def plan(
     """
     _check_model(model, tp)
     target = Target(hardware, batch, sequence, memory, optimizer, checkpoint, uniform)
-    program, request, example = _analysed(model, tp, example_inputs, degree, plan, pre_norm)
+    given = _read(plan)
+    program, request, example = _analysed(model, tp, example_inputs, degree, given, pre_norm)
     costs = _costs(program, model, tp, target, example, example_inputs)
-    made, _ = planned(program.analysis, tp, request, costs, uniform, _overlap(plan))
+    made, _ = planned(program.analysis, tp, request, costs, uniform, _overlap(given))
     _check_plan(made, tp, strict)
     return made
 
 
 def _analysed(
-    model: nn.Module, tp: int, example_inputs: Any, degree: str | int, given: Any, pre_norm: bool
+    model: nn.Module,
+    tp: int,
+    example_inputs: Any,
+    degree: str | int,
+    given: Plan | None,
+    pre_norm: bool,
 ) -> tuple[Program, Request, Inputs]:
     request = _request(model, tp, degree, given)
     args, kwargs = normalized_inputs(model, example_inputs)
@@ -193,14 +199,13 @@ def _costs(
     return Costs(program.analysis, tp, setting, target)
 
 
-def _request(model: nn.Module, tp: int, degree: str | int, given: Any) -> Request:
-    if given is None:
+def _request(model: nn.Module, tp: int, degree: str | int, plan: Plan | None) -> Request:
+    if plan is None:
         if degree in ("auto", "max"):
             return degree
         if isinstance(degree, bool) or not isinstance(degree, int) or degree < 1 or tp % degree:
             raise ValueError(f'degree={degree!r} must be "auto", "max" or a divisor of tp={tp}')
         return degree
-    plan = _read(given)
     if plan.tp != tp:
         raise PlanError(f"the plan is for tp={plan.tp}, not tp={tp}: make one with plan(model, {tp})")
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
@@ -212,13 +217,13 @@ def _request(model: nn.Module, tp: int, degree: str | int, given: Any) -> Reques
     return plan.degrees
 
 
-def _read(given: Any) -> Plan:
-    return given if isinstance(given, Plan) else Plan.load(given)
+def _read(given: Plan | str | Path | None) -> Plan | None:
+    return given if given is None or isinstance(given, Plan) else Plan.load(given)
 
 
-def _overlap(given: Any) -> bool:
+def _overlap(plan: Plan | None) -> bool:
     """What a given plan says of it; without one all-reduces run under matmuls wherever they can."""
-    return given is None or _read(given).overlap
+    return plan is None or plan.overlap
 
 
 def _check_model(model: nn.Module, tp: int) -> None:

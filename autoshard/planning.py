@@ -169,13 +169,15 @@ class Costs:
 
     def apart(self) -> Costs:
         """The same where no all-reduce runs under products."""
-        if not self.setting.hardware.overlap:
+        hardware = self.setting.hardware
+        if not hardware.overlap:
             return self
-        return Costs(self.analysis, self.tp, replace(self.setting, overlap=False), self.target)
+        setting = replace(self.setting, hardware=replace(hardware, overlap=0.0))
+        return Costs(self.analysis, self.tp, setting, self.target)
 
     def overlap(self, degrees: Mapping[str, int]) -> tuple[bool, str]:
         """Whether all-reduces under the weights' gradients are predicted to win, and by how much."""
-        apart = CostModel(self.model.workload, replace(self.setting, overlap=False), self.tp)
+        apart = CostModel(self.model.workload, self.apart().setting, self.tp)
         beside, alone = (model.predict(degrees).step_time for model in (self.model, apart))
         times = f"{_time(beside)} a step, {_time(alone)} one after the other"
         if beside < alone:

@@ -55,7 +55,8 @@ def simulated(
     python = any(is_kept(inner) for n in sharded.graph.nodes for inner in (n.target, *n.args))
     dtype = next((p.dtype for p in whole.values() if p.is_floating_point()), torch.float32)
 
-    fused = fuse(replace(sharded, layered=None, fused=None))  # as what runs; `call` looks at every node
+    # As what runs; `call` looks at every node.
+    fused = fuse(replace(sharded, layered=None, fused=None), plan.overlap)
 
     def run(rank: RankContext) -> tuple[list[Any], dict[str, Tensor | None], dict[str, int]]:
         local: dict[str, Tensor] = {}

@@ -55,7 +55,6 @@ class Setting:
         memory: bytes that a rank may use.
         optimizer: a key of ``OPTIMIZERS``.
         checkpoint: ``"layer"``: activations are computed again, layer by layer; None: kept.
-        overlap: whether all-reduces run beside the products that they can run under.
     """
 
     hardware: Hardware
@@ -64,7 +63,6 @@ class Setting:
     memory: float
     optimizer: str = "adamw"
     checkpoint: str | None = None
-    overlap: bool = True
 
 
 class CostModel:
@@ -238,8 +236,6 @@ class CostModel:
         values: dict[str, float] = {"B": self.setting.batch, "S": self.setting.sequence, "d": degree}
         if degree not in self._constants:
             self._constants[degree] = formulas.constants(self.setting.hardware, degree)
-            if not self.setting.overlap:
-                self._constants[degree]["overlap"] = 0.0
         values |= self._constants[degree]
         return float(call(*(0.0 if _is_free(name, values) else values[name] for name in names)))
 

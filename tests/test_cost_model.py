@@ -21,11 +21,12 @@ from autoshard.cost_model import formulas
 from autoshard.cost_model.formulas import constants, seconds
 from autoshard.cost_model.hardware import Hardware, load
 from autoshard.cost_model.model import CostModel
-from autoshard.cost_model.operators import LOSS, Operand, Operator, work_of
+from autoshard.cost_model.operators import BY_WEIGHT, LOSS, Operand, Operator, work_of
 from autoshard.cost_model.work import B, Collective, D, Product, S, Traffic
 from autoshard.cost_model.work import again as repeated
 from autoshard.errors import PlanError
 from autoshard.inputs import normalized_inputs
+from autoshard.passes.fuse import LINEARS
 from autoshard.pipeline import analyse, rewrite
 from autoshard.planning import Costs
 from benchmarks.models import Mixed, Shape, build, tokens
@@ -277,6 +278,11 @@ def test_what_runs_under_products_is_hidden_in_part(share: float) -> None:
         assert number(beside) == pytest.approx(number(alone) - hidden)
 
 
+def test_what_overlaps_is_what_is_fused() -> None:
+    """The cost model knows no graph, so it has the names of the matmuls that the pass fuses."""
+    assert {target._schema.name.removeprefix("aten::") for target in LINEARS} == BY_WEIGHT
+
+
 @pytest.mark.parametrize("share", [0.0, 0.5])
 def test_overlap_is_a_choice_of_the_plan(share: float, tmp_path: Any) -> None:
     """Taken where it is predicted to win, with both times; kept in a file; and followed."""
@@ -289,11 +295,10 @@ def test_overlap_is_a_choice_of_the_plan(share: float, tmp_path: Any) -> None:
     plan = autoshard.plan(model, 2, batch, **options)
     assert max(plan.degrees.values()) == 2
     assert plan.overlap == (share > 0)
-    setting = model_of(plan).setting
-    times = [
-        CostModel(model_of(plan).workload, replace(setting, overlap=on), 2).predict(plan.degrees)
-        for on in (True, False)
-    ]
+    times = []
+    for other in (machine, replace(machine, overlap=0.0)):
+        setting = replace(model_of(plan).setting, hardware=other)
+        times.append(CostModel(model_of(plan).workload, setting, 2).predict(plan.degrees))
     assert (times[0].step_time < times[1].step_time) == plan.overlap
     for time in times:
         assert f"{time.step_time * 1e3:.2f} ms" in plan.overlap_reason

@@ -421,6 +421,36 @@ def test_row_linear(case: dict[str, Any]) -> None:
     _fused_and_apart(case, run)
 
 
+@pytest.mark.parametrize("transposed", [False, True])
+def test_without_gradients(transposed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same values, and no autograd function is called."""
+
+    def run(ctx: RankContext) -> list[Tensor]:
+        group: Group = ctx.group(2)
+        shape = (5, 4) if transposed else (4, 5)
+        weights = [_values(i + ctx.rank, *shape).requires_grad_() for i in (1, 5)]
+        biases = [_values(9, 4).requires_grad_(), None]
+        x = _values(3, 6, 5)
+        columns = fused_ops.column_linear(x, group, weights, biases, transposed)
+        row = fused_ops.row_linear((x, x * 2), group, weights, biases, transposed)
+        return [y.detach() for y in (*columns, row)]
+
+    expected = run_ranks(run, 2)
+
+    def applied(*args: Any) -> Any:
+        raise AssertionError("an autograd function was called")
+
+    for function in (fused_ops._ColumnLinear, fused_ops._Sum, ops._Copy, ops._Reduce):
+        monkeypatch.setattr(function, "apply", applied)
+
+    def without(ctx: RankContext) -> list[Tensor]:
+        with torch.no_grad():
+            return run(ctx)
+
+    for mine, theirs in zip(run_ranks(without, 2), expected, strict=True):
+        torch.testing.assert_close(mine, theirs)
+
+
 @pytest.mark.parametrize("unlike", ["shape", "dtype"])
 def test_results_that_are_added_as_they_are(unlike: str) -> None:
     """Where the addition broadcasts or casts, each product is summed over the ranks by itself."""
