@@ -25,6 +25,7 @@ from autoshard.rules.call import Dims
 # What every symbolic size counts as when candidates are ranked: traced sizes are tiny.
 NOMINAL = 1024
 CHECKPOINT = "checkpoint"  # node.meta: which call of torch.utils.checkpoint it was traced in
+WHOLE = "whole"  # node.meta in a rank's graph: what the value that it has its share of was traced as
 AUTOCAST = "autocast"  # node.meta: device type, dtype, enabled, cache_enabled
 
 

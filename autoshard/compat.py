@@ -12,6 +12,10 @@
 - ``_use_count``, ``_storage_Use_Count`` and ``_will_engine_execute_node`` (torch 2.11, 2.13): PyTorch
   takes 20 us to put the gradient of a DTensor into ``.grad``, and does not look who else has its
   memory: after ``loss(a + b)`` one memory holds both gradients, and clipping scales it twice.
+- calling a node of autograd's graph (torch 2.11, 2.13): the gradients of one operator, in a third of the
+  time of the engine, which is not made to be called from a backward pass for each attention.
+- ``_get_current_graph_task_keep_graph`` and ``_top_saved_tensors_default_hooks`` (torch 2.11, 2.13):
+  whether a graph is kept for another backward pass, whether somebody hooked what autograd keeps.
 - ``ProcessGroup.allreduce`` and ``AllreduceOptions`` (torch 2.11, 2.13): ``dist.all_reduce`` writes a
   log and checks, 10 us a collective.
 - ``_cuda_getCurrentStream`` (torch 2.11): ``event.record()`` makes a Stream each time.
@@ -37,6 +41,7 @@ import contextlib
 import functools
 import types
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, cast
 
@@ -155,40 +160,76 @@ class _Shares(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *parameters: DTensor) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
-        _holders_of_one()  # found outside of backward
-        ctx.specs = [p._spec for p in parameters]
-        ctx.strides = [p._local_tensor.stride() for p in parameters]
-        return tuple(p._local_tensor.detach() for p in parameters)
+        ctx.placed = placed(parameters)
+        return tuple(share.detach() for share in ctx.placed.shares)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        result: list[Tensor | None] = []
-        seen: set[int] = set()
         nodes = [node for node, _ in ctx.next_functions]
-        at_once = _is_whole_backward(nodes, grads)
-        for given, spec, stride, node in zip(grads, ctx.specs, ctx.strides, nodes, strict=True):
-            if given is None:
-                result.append(None)
-                continue
-            grad = given
-            if id(given) in seen or _is_shared(given) or given.stride() != stride:
-                empty = torch.empty_strided(
-                    given.shape, stride, dtype=given.dtype, device=given.device
-                )
-                grad = empty.copy_(given)
-            seen.add(id(given))
-            done = at_once and _accumulated(node, grad, spec)
-            result.append(None if done else _new_dtensor(grad, spec))
-        return tuple(result)
+        return tuple(gradients_of(ctx.placed, nodes, grads, _holders_of_given()))
 
 
-def _is_shared(grad: Tensor) -> bool:
-    """Whether another gradient has the same memory, as those of both summands of ``a + b``.
+@dataclass(frozen=True)
+class Placed:
+    """How parameters lie on this rank.
 
-    AccumulateGrad copies such a gradient; that of a DTensor looks at the DTensor, which is always new.
+    Attributes:
+        shares: what this rank holds of each.
+        specs: of DTensors; None of plain tensors.
     """
-    return _holders(grad) != _holders_of_one()
+
+    shares: list[Tensor]
+    specs: list[DTensorSpec | None]
+
+
+def placed(parameters: Sequence[Tensor]) -> Placed:
+    """The shares of parameters, for a function of autograd; `gradients_of` is for its backward pass."""
+    _holders_of_given()  # found outside of backward
+    return Placed(
+        [p._local_tensor if isinstance(p, DTensor) else p for p in parameters],
+        [p._spec if isinstance(p, DTensor) else None for p in parameters],
+    )
+
+
+def gradients_of(
+    parameters: Placed,
+    nodes: Sequence[Any],
+    grads: Sequence[Tensor | None],
+    alone: tuple[int, int] | None = None,
+) -> list[Tensor | None]:
+    """Inside of a backward pass: shares' gradients -> what it returns for the parameters.
+
+    Where the pass is `.backward()` and no hook waits, gradients are added to `.grad` here, and None is
+    returned.
+
+    Args:
+        nodes: of the parameters, in autograd's graph; None of one that needs no gradient.
+        grads: None where there is none.
+        alone: the `_holders` of a gradient that is nobody else's; of one made in this pass by default.
+    """
+    alone = alone or _holders_of_made()
+    result: list[Tensor | None] = []
+    seen: set[int] = set()
+    at_once = _is_whole_backward(nodes, grads)
+    for grad, share, spec, node in zip(
+        grads, parameters.shares, parameters.specs, nodes, strict=True
+    ):
+        if grad is None or spec is None:
+            result.append(grad)
+            continue
+        stride = share.stride()
+        # Gradients of both summands of `a + b` have the same memory. AccumulateGrad copies such a
+        # one; that of a DTensor looks at the DTensor, which is always new.
+        if id(grad) in seen or _holders(grad) != alone or grad.stride() != stride:
+            empty = torch.empty_strided(grad.shape, stride, dtype=grad.dtype, device=grad.device)
+            mine = empty.copy_(grad)
+        else:
+            mine = grad
+        seen.add(id(grad))
+        done = at_once and _accumulated(node, mine, spec)
+        result.append(None if done else _new_dtensor(mine, spec))
+    return result
 
 
 def _holders(grad: Tensor) -> tuple[int, int]:
@@ -197,8 +238,14 @@ def _holders(grad: Tensor) -> tuple[int, int]:
 
 
 @functools.cache
-def _holders_of_one() -> tuple[int, int]:
-    """The holders of a gradient that is nobody else's, as a backward sees it: (2, 2) in torch 2.11."""
+def _holders_of_made() -> tuple[int, int]:
+    """The holders of a tensor that Python alone has: (1, 2) in torch 2.13."""
+    return _holders(torch.zeros(2, device="cpu"))
+
+
+@functools.cache
+def _holders_of_given() -> tuple[int, int]:
+    """The holders of a gradient that a backward pass is given, and nobody else has: (2, 2)."""
     found: list[tuple[int, int]] = []
 
     class Count(torch.autograd.Function):
@@ -218,7 +265,7 @@ def _holders_of_one() -> tuple[int, int]:
     return found[0]
 
 
-def _is_whole_backward(nodes: list[Any], grads: Sequence[Tensor | None]) -> bool:
+def _is_whole_backward(nodes: Sequence[Any], grads: Sequence[Tensor | None]) -> bool:
     """Whether ``.backward()`` runs, not ``autograd.grad``, and in the stream that its end waits for."""
     first = next((g for g in grads if g is not None), None)
     if first is None or first.requires_grad or torch.compiler.is_compiling():
@@ -229,7 +276,7 @@ def _is_whole_backward(nodes: list[Any], grads: Sequence[Tensor | None]) -> bool
     elif first.device.type != "cpu":
         return False
     try:
-        return all(torch._C._will_engine_execute_node(node) for node in nodes)
+        return all(torch._C._will_engine_execute_node(node) for node in nodes if node is not None)
     except RuntimeError:  # the gradient is asked for, not to be added to .grad
         return False
 
@@ -270,6 +317,31 @@ def _new_dtensor(share: Tensor, spec: DTensorSpec) -> DTensor:
     """``DTensor(share, spec, requires_grad=False)`` past ``__init__``, which does nothing, in 4 us."""
     made: DTensor = DTensor.__new__(DTensor, share, spec, requires_grad=False)
     return made
+
+
+def backward_is_kept() -> bool:
+    """Inside of a backward pass: whether its graph is kept for another one (``retain_graph=True``)."""
+    return bool(torch._C._autograd._get_current_graph_task_keep_graph())
+
+
+def gradients_by_node(
+    result: Tensor, dy: Tensor, leaves: Sequence[Tensor]
+) -> tuple[Tensor, ...] | None:
+    """``torch.autograd.grad([result], leaves, [dy])`` where one operator made it of these leaves, else
+    None: the operator's node called as a function, 30 us in place of the engine's 100."""
+    node: Any = result.grad_fn
+    sources = [getattr(n, "variable", None) for n, _ in node.next_functions]
+    if len(sources) != len(leaves) or any(s is not x for s, x in zip(sources, leaves, strict=True)):
+        return None
+    with torch.no_grad():
+        found = node(dy)
+    found = found if isinstance(found, tuple) else (found,)
+    return None if any(g is None for g in found) else found
+
+
+def are_saved_tensors_hooked() -> bool:
+    """Whether what autograd keeps now goes through somebody's hooks: of a checkpoint, or to the CPU."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
 
 
 def as_dtensor(

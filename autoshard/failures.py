@@ -38,14 +38,18 @@ GRACE = 3.0  # seconds that a rank has to answer
 Line = tuple[str, int]
 
 _graphs: WeakValueDictionary[str, fx.GraphModule] = WeakValueDictionary()
-_files: set[str] = set()  # of all graphs there ever were: a set is asked at every collective
+_files: dict[str, str] = {}  # of all graphs there ever were -> their pass; asked at every collective
 
 
-def know(module: fx.GraphModule) -> None:
-    """Have failures in this graph named by node and layer."""
+def know(module: fx.GraphModule, way: str = "forward") -> None:
+    """Have failures in this graph named by node and layer.
+
+    way: "backward" of a graph that computes gradients; the node that one is the gradient of stands in
+        its ``meta["backward_of"]``.
+    """
     file = type(module).forward.__code__.co_filename
     _graphs[file] = module
-    _files.add(file)
+    _files[file] = way
 
 
 def line_of_graph() -> Line | None:
@@ -71,7 +75,7 @@ def way_and_line(depth: int) -> tuple[str, Line | None]:
             break
         code = frame.f_code
         if code.co_filename in _files:
-            return "forward", (code.co_filename, frame.f_lasti)
+            return _files[code.co_filename], (code.co_filename, frame.f_lasti)
         if code.co_name == "backward" and "ctx" in frame.f_locals:
             return "backward", getattr(frame.f_locals["ctx"], "line", None)
         frame = frame.f_back
@@ -102,7 +106,8 @@ def place(frame: FrameType | None) -> Place:
     own = None
     while frame is not None:
         if frame.f_code.co_filename in _graphs:
-            return _of_line((frame.f_code.co_filename, frame.f_lasti), "forward")
+            file = frame.f_code.co_filename
+            return _of_line((file, frame.f_lasti), _files[file])
         if frame.f_code.co_name == "run_node" and isinstance(node := frame.f_locals.get("n"), fx.Node):
             return _of_node(node, "forward")
         if frame.f_code.co_name == "backward" and "ctx" in frame.f_locals:
@@ -137,10 +142,11 @@ def _of_line(line: Line, way: str) -> Place:
 
 
 # Fused calls, by the collective that the graph has which people read.
-_COMMUNICATES_AS = {"column_linear": "copy", "row_linear": "reduce"}
+_COMMUNICATES_AS = {"column_linear": "copy", "row_linear": "reduce", "row_linear_forward": "reduce"}
 
 
 def _of_node(node: fx.Node, way: str) -> Place:
+    node = node.meta.get("backward_of", node)
     target = str(getattr(node.target, "__name__", node.target))
     target = _COMMUNICATES_AS.get(target, target)
     # What enters a layer was made by the one before.
@@ -163,12 +169,13 @@ def explained(collective: str, ranks: Sequence[int]) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        raise _explanation(error, collective, ranks) from error
+        raise explanation_of(error, collective, ranks) from error
 
 
-def _explanation(error: RuntimeError, collective: str, ranks: Sequence[int]) -> CollectiveError:
+def explanation_of(error: RuntimeError, collective: str, ranks: Sequence[int]) -> CollectiveError:
+    """The error for what the backend said of a collective that the caller asked for."""
     said = f"The backend says: {' '.join(str(error).split())}"
-    return explanation(place(sys._getframe(2)), collective, ranks, "failed", said)
+    return explanation(place(sys._getframe(1)), collective, ranks, "failed", said)
 
 
 def explanation(

@@ -65,7 +65,8 @@ def row_linear(
 
     xs: [..., in_i], this rank's shares of the contractions. Returns [..., out], the same on every rank.
     """
-    if torch.is_autocast_enabled(xs[0].device.type) or any(_unlike(x, xs[0]) for x in xs[1:]):
+    first, several = xs[0], len(xs) > 1
+    if torch.is_autocast_enabled(first.device.type) or (several and any(_unlike(x, first) for x in xs)):
         parts = [
             ops.reduce(_product(x, w, None, transposed), group, True)
             for x, w in zip(xs, weights, strict=True)
@@ -76,17 +77,48 @@ def row_linear(
     if torch.compiler.is_compiling():
         products = [_product(x, w, None, transposed) for x, w in zip(xs, weights, strict=True)]
         return reduce(torch.add, given, ops.reduce(reduce(torch.add, products), group))
-    own = reduce(torch.add, [b.detach() for b in given]) if given and group.coordinate == 0 else None
-    # As rows: `F.linear` of more dimensions and a bias gives a view, which cannot be summed in place.
-    y = _product(_rows(xs[0]), weights[0], own, transposed)
-    for x, weight in zip(xs[1:], weights[1:], strict=True):
-        y = torch.addmm(y, _rows(x), weight if transposed else weight.t())
+    y = _parts(xs, group, weights, given, transposed)
     if torch.is_grad_enabled():
         function: Any = _Sum
         y = function.apply(y, group, *given) if given else ops.reduce(y, group, True)
     else:
         y = group.all_reduce(y, inplace=True)
-    return y if xs[0].dim() == 2 else y.view(*xs[0].shape[:-1], y.shape[-1])
+    return y if first.dim() == 2 else y.view(*first.shape[:-1], y.shape[-1])
+
+
+def row_linear_forward(
+    xs: Sequence[Tensor],
+    group: Group,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    transposed: bool,
+) -> Tensor:
+    """`row_linear` where nothing is recorded, and `xs` are alike; `biases` are those that there are."""
+    first = xs[0]
+    y = group.all_reduce(_parts(xs, group, weights, biases, transposed), inplace=True)
+    return y if first.dim() == 2 else y.view(*first.shape[:-1], y.shape[-1])
+
+
+def _parts(
+    xs: Sequence[Tensor],
+    group: Group,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    transposed: bool,
+) -> Tensor:
+    """What this rank adds to the sum, as rows: the first one also the biases.
+
+    `F.linear` of more dimensions and a bias gives a view, which cannot be summed in place.
+    """
+    own = None
+    if biases and group.coordinate == 0:
+        own = biases[0].detach()
+        for bias in biases[1:]:
+            own = own + bias.detach()
+    y = _product(_rows(xs[0]), weights[0], own, transposed)
+    for x, weight in zip(xs[1:], weights[1:], strict=True):
+        y = torch.addmm(y, _rows(x), weight if transposed else weight.t())
+    return y
 
 
 def _unlike(x: Tensor, y: Tensor) -> bool:

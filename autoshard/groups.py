@@ -114,8 +114,10 @@ class ProcessGroupComm:
             return _wait(_functional.all_reduce(x.contiguous(), op, self._name))
         if not (inplace and x.is_contiguous()):
             x = x.clone(memory_format=torch.contiguous_format)
-        with failures.explained("all-reduce", self.ranks):
+        try:
             all_reduce(x, op, self.process_group)
+        except RuntimeError as error:
+            raise failures.explanation_of(error, "all-reduce", self.ranks) from error
         self._note("all-reduce", x)
         return x
 
@@ -124,12 +126,16 @@ class ProcessGroupComm:
         if torch.compiler.is_compiling():
             y = _functional.all_reduce(x, "sum", self._name)
             return lambda: _wait(y)
-        with failures.explained("all-reduce", self.ranks):
+        try:  # a context manager takes as long as all of the rest
             work = start_all_reduce(x, self.process_group)
+        except RuntimeError as error:
+            raise failures.explanation_of(error, "all-reduce", self.ranks) from error
 
         def wait() -> Tensor:
-            with failures.explained("all-reduce", self.ranks):
+            try:
                 work.wait()
+            except RuntimeError as error:
+                raise failures.explanation_of(error, "all-reduce", self.ranks) from error
             self._note("all-reduce", x)
             return x
 

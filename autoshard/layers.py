@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -10,7 +10,10 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from autoshard import parameters
+from autoshard.compat import are_saved_tensors_hooked
 from autoshard.groups import ProcessGroupComm, SingleGroup
+from autoshard.layer_function import Differentiated
+from autoshard.passes.differentiate import differentiate
 from autoshard.paths import layer_of
 from autoshard.random_streams import begin_traced, end_traced
 
@@ -24,7 +27,12 @@ class Layer(nn.Module):
 
     def forward(self, body: Callable[..., Any], names: tuple[str, ...], *operands: Any) -> Any:
         """``body`` on this rank's shares of the parameters `names`, then the operands."""
-        own = parameters.local({name: find(self, name) for name in names}, together=True)
+        held = [find(self, name) for name in names]
+        if not torch.compiler.is_compiling():
+            made = _differentiated(body, held, operands)
+            if made is not None:
+                return made(held, operands)
+        own = parameters.local(dict(zip(names, held, strict=True)), together=True)
         if not torch.compiler.is_compiling():
             return body(*own.values(), *operands)
         tensor = next(x for x in (*own.values(), *operands) if isinstance(x, Tensor))
@@ -33,6 +41,25 @@ class Layer(nn.Module):
         result = body(*own.values(), *operands)
         end_traced(begun)
         return result
+
+
+def _differentiated(
+    body: Any, held: Sequence[Tensor], operands: Sequence[Any]
+) -> Differentiated | None:
+    """The body with its backward pass; None where autograd is to record its calls one by one."""
+    if not torch.is_grad_enabled() or are_saved_tensors_hooked():
+        return None
+    needed = (
+        *(p.requires_grad for p in held),
+        *(isinstance(x, Tensor) and x.requires_grad for x in operands),
+    )
+    device = next((x.device.type for x in (*operands, *held) if isinstance(x, Tensor)), "cpu")
+    if not any(needed) or torch.is_autocast_enabled(device):
+        return None
+    known: dict[tuple[bool, ...], Differentiated | None] = body.__dict__.setdefault("known", {})
+    if needed not in known:
+        known[needed] = differentiate(body.graph, needed)
+    return known[needed]
 
 
 def reshard(model: nn.Module) -> None:

@@ -17,7 +17,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -31,9 +31,8 @@ MARGIN = 2 * GRACE + 2.0  # seconds before the timeout: for the roll call, ahead
 _log = logging.getLogger("autoshard")
 
 
-@dataclass(frozen=True, eq=False)
-class _Issued:
-    """One collective, and where it was enqueued."""
+class _Issued(NamedTuple):
+    """One collective, and where it was enqueued. A dataclass takes four times as long to make."""
 
     end: torch.cuda.Event
     collective: str

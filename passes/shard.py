@@ -32,7 +32,7 @@ import torch
 from torch import fx
 
 from autoshard import ops, shares
-from autoshard.analysis import AUTOCAST, CHECKPOINT, Axes
+from autoshard.analysis import AUTOCAST, CHECKPOINT, WHOLE, Axes
 from autoshard.assignment import Assignment, stored_dim
 from autoshard.axes import Axis, Size, atoms_of
 from autoshard.errors import PlanError
@@ -112,6 +112,8 @@ class _Sharder:
                 self._global_size(node)
             else:
                 self.env[node] = self._whole(node)
+        for node, made in self.env.items():
+            made.meta[WHOLE] = node.meta.get("val")
         self._under_autocast()
         for node in reversed(list(self.new.nodes)):
             if node.op == "get_attr" and not node.users:

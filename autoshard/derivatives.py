@@ -1,0 +1,302 @@
+"""Derivatives: what a call computes forward, and how its operands' gradients follow: rows of a table.
+
+A rule emits calls into two graphs at once: `now` into the forward one, and later, inside the function
+that it returns, `then` into the backward one, where every value of the forward graph that is named
+becomes one that is kept. Calls without a row are differentiated by autograd (`layer_function.py`).
+
+    call                     gradients
+    y = x W + b              dx = dy Wᵀ, dW = xᵀ dy, db = sum over tokens of dy
+    column_linear            the same, dx summed over the ranks while dW and db are computed
+    row_linear               the same of each summand
+    layer_norm               native_layer_norm_backward of the mean and the deviation that are kept
+    gelu, silu, relu, tanh   PyTorch's own backward operator
+    y = a + b, y = a b       dy, dy;  dy b, dy a             of operands of one shape and dtype
+    views                    the inverse view; pieces: their concatenation
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx
+
+from autoshard import fused_ops
+from autoshard.analysis import WHOLE
+
+aten = torch.ops.aten
+
+Gradients = Iterable[tuple[Any, fx.Node]]  # operand -> what is added to its gradient
+Backward = Callable[..., Gradients]  # of the gradient of each result, None where there is none
+Made = tuple[fx.Node | list[fx.Node], Backward]  # the result or results of the call
+
+
+class Builder(Protocol):
+    """What a rule writes to."""
+
+    def now(self, target: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
+        """A call in the forward pass."""
+
+    def then(self, target: Callable[..., Any] | str, *args: Any, **kwargs: Any) -> fx.Node:
+        """A call in the backward pass, of a method where `target` is a name; keeps what it needs."""
+
+    def flows(self, value: Any) -> bool:
+        """Whether a gradient is asked of this value of the forward pass."""
+
+
+Rule = Callable[..., Made | None]  # None: not of these operands
+
+
+def val_of(value: Any) -> Tensor | None:
+    """A node's tensor as it was traced, whole."""
+    found = value.meta.get(WHOLE, value.meta.get("val")) if isinstance(value, fx.Node) else None
+    return found if isinstance(found, Tensor) else None
+
+
+def alike(*values: Any) -> bool:
+    """Tensors of one shape and dtype: an operator of them broadcasts and casts nothing.
+
+    So are their shares: what meets in such an operator is split alike.
+    """
+    found = [val_of(value) for value in values]
+    kinds = {(tuple(map(str, t.shape)), t.dtype) for t in found if t is not None}
+    return None not in found and len(kinds) == 1
+
+
+# -- matmuls -------------------------------------------------------------------------------------
+
+
+def _rows(b: Builder, value: Any) -> fx.Node:
+    """[..., n] -> [tokens, n]; what is that already stays as it is."""
+    return b.then(torch.flatten, value, 0, -2)
+
+
+def _of_input(b: Builder, dy: fx.Node, weight: Any, transposed: bool) -> fx.Node:
+    """dy Wᵀ for W: [in, out]."""
+    return b.then(torch.mm, dy, b.then(torch.t, weight) if transposed else weight)
+
+
+def _of_weight(b: Builder, x: Any, dy: fx.Node, transposed: bool) -> fx.Node:
+    """xᵀ dy, as W lies."""
+    rows = _rows(b, x)
+    left, right = (rows, dy) if transposed else (dy, rows)
+    return b.then(torch.mm, b.then(torch.t, left), right)
+
+
+def _product(b: Builder, x: Any, weight: Any, bias: Any, transposed: bool) -> fx.Node:
+    if not transposed:
+        return b.now(F.linear, x, weight, bias)
+    return b.now(torch.mm, x, weight) if bias is None else b.now(torch.addmm, bias, x, weight)
+
+
+def _column_linear(
+    b: Builder, x: Any, group: Any, weights: Sequence[Any], biases: Sequence[Any], transposed: bool
+) -> Made:
+    ys = [_product(b, x, *both, transposed) for both in zip(weights, biases, strict=True)]
+    size = b.now(Tensor.size, x)
+
+    def gradients(*given: fx.Node | None) -> Gradients:
+        dys = [None if dy is None else _rows(b, dy) for dy in given]
+        sums: fx.Node | None = None
+        if b.flows(x):
+            dx: fx.Node | None = None
+            for dy, weight in zip(dys, weights, strict=True):
+                if dy is not None and dx is None:
+                    dx = _of_input(b, dy, weight, transposed)
+                elif dy is not None:
+                    other = b.then(torch.t, weight) if transposed else weight
+                    dx = b.then("addmm_", dx, dy, other)
+            assert dx is not None
+            sums = b.then("start_all_reduce", group, b.then(Tensor.view, dx, size))
+        for dy, weight, bias in zip(dys, weights, biases, strict=True):
+            if dy is not None and b.flows(weight):
+                yield weight, _of_weight(b, x, dy, transposed)
+            if dy is not None and b.flows(bias):
+                yield bias, b.then(torch.sum, dy, 0)
+        if sums is not None:
+            yield x, b.then(operator.call, sums)
+
+    return ys, gradients
+
+
+def _row_linear(
+    b: Builder,
+    xs: Sequence[Any],
+    group: Any,
+    weights: Sequence[Any],
+    biases: Sequence[Any],
+    transposed: bool,
+) -> Made | None:
+    if any(_unlike(x, xs[0]) for x in xs[1:]):
+        return None
+    given = tuple(bias for bias in biases if bias is not None)
+    y = b.now(fused_ops.row_linear_forward, tuple(xs), group, tuple(weights), given, transposed)
+    sizes = [b.now(Tensor.size, x) for x in xs]
+
+    def gradients(whole: fx.Node) -> Gradients:
+        dy = _rows(b, whole)
+        for x, weight, size in zip(xs, weights, sizes, strict=True):
+            if b.flows(weight):
+                yield weight, _of_weight(b, x, dy, transposed)
+            if b.flows(x):
+                dx = _of_input(b, dy, weight, transposed)
+                yield x, b.then(Tensor.view, dx, size)
+        if any(map(b.flows, given)):
+            dbias = b.then(torch.sum, dy, 0)
+            yield from ((bias, dbias) for bias in given if b.flows(bias))
+
+    return y, gradients
+
+
+def _unlike(x: Any, y: Any) -> bool:
+    """As `fused_ops` asks it of tensors: whether an addition of products broadcasts or casts one."""
+    left, right = val_of(x), val_of(y)
+    if left is None or right is None or left.dtype != right.dtype:
+        return True
+    return list(map(str, left.shape[:-1])) != list(map(str, right.shape[:-1]))
+
+
+# -- norms and activations -----------------------------------------------------------------------
+
+
+def _layer_norm(
+    b: Builder,
+    x: Any,
+    shape: Any,
+    weight: Any = None,
+    bias: Any = None,
+    eps: float = 1e-5,
+    cudnn_enable: bool = True,
+) -> Made:
+    found = b.now(torch.native_layer_norm, x, shape, weight, bias, eps)
+    y, mean, deviation = (b.now(operator.getitem, found, place) for place in range(3))
+
+    def gradients(dy: fx.Node) -> Gradients:
+        asked = [b.flows(value) for value in (x, weight, bias)]
+        made = b.then(
+            aten.native_layer_norm_backward.default,
+            dy, x, shape, mean, deviation, weight, bias, asked,
+        )  # fmt: skip
+        for place, value in enumerate((x, weight, bias)):
+            if asked[place]:
+                yield value, b.then(operator.getitem, made, place)
+
+    return y, gradients
+
+
+def _of_operand(forward: Callable[..., Any], backward: Callable[..., Any]) -> Rule:
+    """`dx = backward(dy, x, **options)`."""
+
+    def rule(b: Builder, x: Any, **options: Any) -> Made:
+        y = b.now(forward, x, **options)
+        return y, lambda dy: [(x, b.then(backward, dy, x, **options))]
+
+    return rule
+
+
+def _of_result(forward: Callable[..., Any], backward: Callable[..., Any], *more: Any) -> Rule:
+    """`dx = backward(dy, y, *more)`."""
+
+    def rule(b: Builder, x: Any) -> Made:
+        y = b.now(forward, x)
+        return y, lambda dy: [(x, b.then(backward, dy, y, *more))]
+
+    return rule
+
+
+# -- sums and products ---------------------------------------------------------------------------
+
+
+def _add(b: Builder, x: Any, other: Any) -> Made | None:
+    if not alike(x, other):
+        return None
+    return b.now(torch.add, x, other), lambda dy: [(x, dy), (other, dy)]
+
+
+def _mul(b: Builder, x: Any, other: Any) -> Made | None:
+    if not alike(x, other):
+        return None
+
+    def gradients(dy: fx.Node) -> Gradients:
+        if b.flows(x):
+            yield x, b.then(torch.mul, dy, other)
+        if b.flows(other):
+            yield other, b.then(torch.mul, dy, x)
+
+    return b.now(torch.mul, x, other), gradients
+
+
+# -- views ---------------------------------------------------------------------------------------
+
+
+def _shaped(forward: Callable[..., Any]) -> Rule:
+    def rule(b: Builder, x: Any, shape: Any) -> Made:
+        y, size = b.now(forward, x, shape), b.now(Tensor.size, x)
+        return y, lambda dy: [(x, b.then(torch.reshape, dy, size))]
+
+    return rule
+
+
+def _transpose(b: Builder, x: Any, first: int, second: int) -> Made:
+    y = b.now(torch.transpose, x, first, second)
+    return y, lambda dy: [(x, b.then(torch.transpose, dy, first, second))]
+
+
+def _unsqueeze(b: Builder, x: Any, dim: int) -> Made:
+    return b.now(torch.unsqueeze, x, dim), lambda dy: [(x, b.then(torch.squeeze, dy, dim))]
+
+
+def _permute(b: Builder, x: Any, dims: Sequence[int]) -> Made:
+    places = [d % len(dims) for d in dims]
+    back = [places.index(d) for d in range(len(dims))]
+    return b.now(torch.permute, x, dims), lambda dy: [(x, b.then(torch.permute, dy, back))]
+
+
+def _split(b: Builder, x: Any, sizes: Sequence[Any], dim: int = 0) -> Made:
+    return _pieces(b, torch.split_with_sizes, x, sizes, dim, len(sizes))
+
+
+def _chunk(b: Builder, x: Any, count: int, dim: int = 0) -> Made | None:
+    val = val_of(x)
+    size = None if val is None else val.shape[dim]
+    if not isinstance(size, int) or size % count:  # there may be fewer
+        return None
+    return _pieces(b, torch.chunk, x, count, dim, count)
+
+
+def _pieces(b: Builder, how: Callable[..., Any], x: Any, sizes: Any, dim: int, count: int) -> Made:
+    found = b.now(how, x, sizes, dim)
+    pieces = [b.now(operator.getitem, found, place) for place in range(count)]
+
+    def gradients(*dys: fx.Node | None) -> Gradients:
+        parts = [
+            b.then(torch.zeros_like, piece) if dy is None else dy
+            for piece, dy in zip(pieces, dys, strict=True)
+        ]
+        yield x, b.then(torch.cat, parts, dim)
+
+    return pieces, gradients
+
+
+DERIVATIVES: dict[Any, Rule] = {
+    fused_ops.column_linear: _column_linear,
+    fused_ops.row_linear: _row_linear,
+    aten.layer_norm.default: _layer_norm,
+    aten.gelu.default: _of_operand(F.gelu, aten.gelu_backward.default),
+    aten.silu.default: _of_operand(F.silu, aten.silu_backward.default),
+    aten.relu.default: _of_result(torch.relu, aten.threshold_backward.default, 0),
+    aten.tanh.default: _of_result(torch.tanh, aten.tanh_backward.default),
+    aten.add.Tensor: _add,
+    aten.mul.Tensor: _mul,
+    aten.view.default: _shaped(Tensor.view),
+    aten.reshape.default: _shaped(torch.reshape),
+    aten.transpose.int: _transpose,
+    aten.permute.default: _permute,
+    aten.unsqueeze.default: _unsqueeze,
+    aten.split_with_sizes.default: _split,
+    aten.chunk.default: _chunk,
+}
+COMMUNICATING = (fused_ops.column_linear, fused_ops.row_linear)

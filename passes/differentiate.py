@@ -1,0 +1,314 @@
+"""Differentiate: a layer's graph and its backward pass, as one graph each.
+
+Autograd asks Python twice for every function that is written in it, and each collective needs one. In
+these two graphs a layer is one function of autograd, in whose inside nothing is recorded.
+
+Before (one MLP, after ``fuse``)::
+
+    norm_copy = fused_ops.column_linear(norm, tp2, (w1,), (b1,), False)
+    fc = operator.getitem(norm_copy, 0)
+    act = aten.gelu(fc)
+    out_add = fused_ops.row_linear((act,), tp2, (w2,), (b2,), False)
+    return out_add
+
+After, forward (``size`` is ``Tensor.size``)::
+
+    fc = F.linear(norm, w1, b1)
+    act = F.gelu(fc)
+    out_add = fused_ops.row_linear((act,), tp2, (w2,), (b2,), False)
+    return (out_add,), (act, w2, act_size, fc, w1, tp2, norm_size, norm)
+
+and backward (``act``, ``w2``, ... are popped from the list of what is kept where they are used first)::
+
+    dy = flatten(d_out_add, 0, -2)
+    d_w2 = mm(t(dy), flatten(act, 0, -2))
+    d_act = view(mm(dy, w2), act_size)
+    d_b2 = sum(dy, 0)
+    d_fc = flatten(aten.gelu_backward(d_act, fc), 0, -2)
+    running = tp2.start_all_reduce(view(mm(d_fc, w1), norm_size))
+    d_w1 = mm(t(d_fc), flatten(norm, 0, -2))
+    d_b1 = sum(d_fc, 0)
+    d_norm = running()
+    return (d_norm, d_w1, d_b1, d_w2, d_b2)
+
+What stands between two collectives and has a call without a row in ``derivatives.py`` is *a part*,
+from the first to the last such call: autograd differentiates it, by itself.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from autoshard import layer_function
+from autoshard.analysis import WHOLE
+from autoshard.bindings import BINDINGS
+from autoshard.derivatives import COMMUNICATING, DERIVATIVES, Backward, Gradients
+from autoshard.layer_function import Differentiated
+from autoshard.parts import graph_of, operands_of, place_in_model, results_of
+
+aten = torch.ops.aten
+
+OPERATORS = {binding: target for target, binding in BINDINGS.items()}
+STOPS = (aten.detach.default,)  # no gradient flows through
+
+
+def differentiate(graph: fx.Graph, needed: Sequence[bool]) -> Differentiated | None:
+    """The forward and the backward graph of a layer; ``graph`` is unchanged.
+
+    Args:
+        graph: a layer's, fused; its calls may be bindings.
+        needed: for each placeholder, whether its gradient is asked for.
+
+    Returns:
+        None where autograd does as well, as nothing communicates; where a result may be the memory of
+        an operand (written into, that is a change of the operand, which autograd follows); and where a
+        collective's operands are not plain enough for its row.
+    """
+    nodes = _in_order(n for n in graph.nodes if n.op not in ("placeholder", "output"))
+    placeholders = [n for n in graph.nodes if n.op == "placeholder"]
+    (returned,) = next(n for n in graph.nodes if n.op == "output").args
+    results = list(returned) if isinstance(returned, tuple) else [returned]
+    asked = [p for p, need in zip(placeholders, needed, strict=True) if need]
+    flowing = _flowing(nodes, asked)
+    if not any(n.target in COMMUNICATING for n in nodes) or not flowing & set(results):
+        return None
+    if any(n.op != "call_function" for n in nodes) or not all(map(_is_new, results)):
+        return None
+    made = _Builder(flowing, placeholders)
+    for unit in _units(nodes, flowing):
+        if len(unit) > 1:
+            fits = made.part(unit)
+        elif unit[0] in flowing:
+            alone = unit[0].target not in COMMUNICATING
+            fits = made.by_row(unit[0]) or (alone and made.part(unit))
+        else:
+            fits = made.as_it_is(unit[0])
+        if not fits:
+            return None
+    return made.ended(results, needed, isinstance(returned, tuple))
+
+
+def _in_order(nodes: Iterable[fx.Node]) -> list[fx.Node]:
+    """The calls, each with the places of its result right behind it."""
+    found: dict[fx.Node, None] = {}
+
+    def add(node: fx.Node) -> None:
+        found[node] = None
+        for user in node.users:
+            if user.target is operator.getitem:
+                add(user)
+
+    for node in nodes:
+        if node not in found:
+            add(node)
+    return list(found)
+
+
+def _operator(node: fx.Node) -> Any:
+    target: Any = node.target
+    return OPERATORS.get(target, target)
+
+
+def _flowing(nodes: Sequence[fx.Node], asked: Sequence[fx.Node]) -> set[fx.Node]:
+    """The values that a gradient flows through: made of floating numbers from what one is asked of."""
+    found = set(asked)
+    for node in nodes:
+        if _operator(node) not in STOPS and any(n in found for n in node.all_input_nodes):
+            value = node.meta.get(WHOLE, node.meta.get("val"))
+            if isinstance(value, Tensor) and not value.dtype.is_floating_point:
+                continue
+            if not isinstance(value, (int, float, torch.SymInt, torch.SymFloat, torch.SymBool)):
+                found.add(node)
+    return found
+
+
+def _is_new(result: Any) -> bool:
+    """Whether a result is memory of its own, by its operator's schema."""
+    if not isinstance(result, fx.Node):
+        return False
+    target = _operator(result)
+    if target in COMMUNICATING:
+        return True
+    schema = getattr(target, "_schema", None)
+    if schema is None or target is aten.dropout.default:  # which may give its operand
+        return False
+    return all(returned.alias_info is None for returned in schema.returns)
+
+
+def _units(nodes: Sequence[fx.Node], flowing: set[fx.Node]) -> Iterator[list[fx.Node]]:
+    """Calls that have a row, or need no gradient, one by one; and parts, in order."""
+    stretch: list[fx.Node] = []
+    for node in nodes:
+        if node.target in COMMUNICATING:
+            yield from _between(stretch, flowing)
+            yield [node]
+            stretch = []
+        else:
+            stretch.append(node)
+    yield from _between(stretch, flowing)
+
+
+def _between(stretch: list[fx.Node], flowing: set[fx.Node]) -> Iterator[list[fx.Node]]:
+    """What stands between two collectives."""
+    unknown = [
+        place for place, node in enumerate(stretch)
+        if node in flowing and _operator(node) not in (operator.getitem, *DERIVATIVES)
+    ]  # fmt: skip
+    first, end = (unknown[0], unknown[-1] + 1) if unknown else (len(stretch), len(stretch))
+    while end < len(stretch) and stretch[end].target is operator.getitem:
+        end += 1  # the results of the last one
+    yield from ([node] for node in stretch[:first])
+    if unknown:
+        yield stretch[first:end]
+    yield from ([node] for node in stretch[end:])
+
+
+class _Builder:
+    """The two graphs while they are written (``derivatives.Builder``)."""
+
+    def __init__(self, flowing: set[fx.Node], placeholders: Sequence[fx.Node]) -> None:
+        self._before = flowing  # nodes of the graph before
+        self._flowing: set[fx.Node] = set()  # and of the forward graph
+        self._forward, self._backward = fx.Graph(), fx.Graph()
+        self._env: dict[fx.Node, fx.Node] = {}
+        self._parts: dict[str, fx.Graph] = {}
+        # Node, its results, and how their gradients become those of its operands.
+        self._steps: list[tuple[fx.Node, list[fx.Node], Backward]] = []
+        self._kept: dict[fx.Node, fx.Node] = {}  # of the forward graph -> of the backward graph
+        self._list = self._backward.placeholder("kept")
+        self._at: fx.Node | None = None
+        for node in placeholders:
+            self._stands_for(node, self._forward.node_copy(node))
+
+    # -- what a row uses -------------------------------------------------------------------------
+
+    def now(self, target: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
+        """A call in the forward pass."""
+        return self._emit(self._forward, target, args, kwargs)
+
+    def then(self, target: Callable[..., Any] | str, *args: Any, **kwargs: Any) -> fx.Node:
+        """A call in the backward pass, which keeps what it needs."""
+        given: Any = fx.map_arg((args, kwargs), self._keep)
+        made = self._emit(self._backward, target, *given)
+        made.meta["backward_of"] = self._at
+        return made
+
+    def flows(self, value: Any) -> bool:
+        """Whether a gradient is asked of this value of the forward pass."""
+        return value in self._flowing
+
+    def _emit(self, graph: fx.Graph, target: Any, args: Any, kwargs: Any) -> fx.Node:
+        op = "call_method" if isinstance(target, str) else "call_function"
+        made = graph.create_node(op, target, tuple(args), dict(kwargs))
+        if self._at is not None:
+            made.meta.update(place_in_model(self._at))
+        return made
+
+    def _keep(self, node: fx.Node) -> fx.Node:
+        if node.graph is self._backward:
+            return node
+        if node not in self._kept:  # taken in the order of their first use
+            self._kept[node] = self._backward.create_node(
+                "call_method", "pop", (self._list,), name=node.name
+            )
+        return self._kept[node]
+
+    # -- forward: each says whether it could -----------------------------------------------------
+
+    def as_it_is(self, node: fx.Node) -> bool:
+        """A call that no gradient flows through."""
+        self._stands_for(node, self._forward.node_copy(node, lambda n: self._env[n]))
+        return True
+
+    def by_row(self, node: fx.Node) -> bool:
+        """A call that has a row; or the place of a result of one, which has been taken."""
+        if node in self._env:
+            return True
+        rule, self._at = DERIVATIVES.get(_operator(node)), node
+        args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: self._env[n])
+        users = list(node.users)
+        made = None if rule is None else rule(self, *args, **kwargs)
+        if made is None:
+            return False
+        results, backward = made
+        if isinstance(results, list):
+            if any(user.target is not operator.getitem for user in users):
+                return False
+            for user in users:
+                place: Any = user.args[1]
+                self._stands_for(user, results[place])
+        else:
+            self._stands_for(node, results)
+            results = [results]
+        self._steps.append((node, results, backward))
+        return True
+
+    def part(self, nodes: list[fx.Node]) -> bool:
+        """Calls that autograd differentiates."""
+        operands, results = operands_of(nodes), results_of(nodes)
+        if any(isinstance(result.meta.get(WHOLE), (tuple, list)) for result in results):
+            return False
+        name, self._at = f"part_{len(self._parts)}", nodes[-1]
+        self._parts[name] = graph_of(nodes, operands)
+        body = self._forward.create_node("get_attr", name, name=name)
+        asked = tuple(n in self._before for n in operands)
+        found = self.now(layer_function.recorded, body, asked, *(self._env[n] for n in operands))
+        for place, result in enumerate(results):
+            self._stands_for(result, self.now(operator.getitem, found, place))
+        record = self.now(operator.getitem, found, len(results))
+        leaves = [self._env[n] for n in operands if n in self._before]
+
+        def backward(*dys: fx.Node | None) -> Gradients:
+            made = self.then(layer_function.played_back, record, *dys)
+            for place, leaf in enumerate(leaves):
+                yield leaf, self.then(operator.getitem, made, place)
+
+        self._steps.append((nodes[-1], [self._env[n] for n in results], backward))
+        return True
+
+    def _stands_for(self, node: fx.Node, made: fx.Node) -> None:
+        made.meta = dict(node.meta)
+        self._env[node] = made
+        if node in self._before:
+            self._flowing.add(made)
+
+    # -- backward --------------------------------------------------------------------------------
+
+    def ended(
+        self, results: Sequence[fx.Node], needed: Sequence[bool], several: bool
+    ) -> Differentiated:
+        """The backward graph written, and both closed."""
+        gradients: dict[fx.Node, fx.Node] = {}
+        made = [self._env[n] for n in results]
+        flows = [n in self._flowing for n in made]
+        dys = [self._backward.placeholder(f"d_{node.name}") for node in made]
+        for node, dy, flowing in zip(made, dys, flows, strict=True):
+            if flowing:
+                gradients[node] = self.then(torch.add, gradients[node], dy) if node in gradients else dy
+        for node, values, backward in reversed(self._steps):
+            found = [gradients.pop(value, None) for value in values]
+            if all(dy is None for dy in found):
+                continue
+            self._at = node
+            for operand, gradient in backward(*found):
+                if operand in self._flowing:
+                    before = gradients.get(operand)
+                    gradients[operand] = (
+                        gradient if before is None else self.then(torch.add, before, gradient)
+                    )
+        operands = [n for n in self._forward.nodes if n.op == "placeholder"]
+        self._backward.output(
+            tuple(gradients.get(n) for n, need in zip(operands, needed, strict=True) if need)
+        )
+        self._forward.output((tuple(made), tuple(self._kept)))
+        for graph in (self._forward, self._backward):
+            graph.lint()
+        given = [node in made for node in self._kept]
+        return Differentiated(
+            self._forward, self._backward, self._parts, needed, flows, given, several
+        )
