@@ -12,8 +12,8 @@
 - ``_use_count``, ``_storage_Use_Count`` and ``_will_engine_execute_node`` (torch 2.11, 2.13): PyTorch
   takes 20 us to put the gradient of a DTensor into ``.grad``, and does not look who else has its
   memory: after ``loss(a + b)`` one memory holds both gradients, and clipping scales it twice.
-- calling a node of autograd's graph (torch 2.11, 2.13): the gradients of one operator, in a third of the
-  time of the engine, which is not made to be called from a backward pass for each attention.
+- calling a node of autograd's graph (torch 2.11, 2.13): the gradients of one operator, in a third of
+  the time of the engine, which is not made to be called in a backward pass for each attention.
 - ``_get_current_graph_task_keep_graph`` and ``_top_saved_tensors_default_hooks`` (torch 2.11, 2.13):
   whether a graph is kept for another backward pass, whether somebody hooked what autograd keeps.
 - ``ProcessGroup.allreduce`` and ``AllreduceOptions`` (torch 2.11, 2.13): ``dist.all_reduce`` writes a
@@ -328,15 +328,24 @@ def gradients_by_node(
     result: Tensor, dy: Tensor, leaves: Sequence[Tensor]
 ) -> tuple[Tensor, ...] | None:
     """``torch.autograd.grad([result], leaves, [dy])`` where one operator made it of these leaves, else
-    None: the operator's node called as a function, 30 us in place of the engine's 100."""
+    None: the operator's node called as a function, 30 us in place of the engine's 100.
+
+    The engine also sums gradients that were broadcast, and casts: here these are None too.
+    """
     node: Any = result.grad_fn
     sources = [getattr(n, "variable", None) for n, _ in node.next_functions]
     if len(sources) != len(leaves) or any(s is not x for s, x in zip(sources, leaves, strict=True)):
         return None
+    if len(node._input_metadata) != 1:
+        return None
     with torch.no_grad():
         found = node(dy)
-    found = found if isinstance(found, tuple) else (found,)
-    return None if any(g is None for g in found) else found
+    grads = found if isinstance(found, tuple) else (found,)
+    return grads if all(map(_is_gradient_of, grads, leaves)) else None
+
+
+def _is_gradient_of(grad: Tensor | None, leaf: Tensor) -> bool:
+    return grad is not None and grad.shape == leaf.shape and grad.dtype == leaf.dtype
 
 
 def are_saved_tensors_hooked() -> bool:

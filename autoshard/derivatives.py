@@ -5,9 +5,10 @@ that it returns, `then` into the backward one, where every value of the forward 
 becomes one that is kept. Calls without a row are differentiated by autograd (`layer_function.py`).
 
     call                     gradients
-    y = x W + b              dx = dy Wᵀ, dW = xᵀ dy, db = sum over tokens of dy
-    column_linear            the same, dx summed over the ranks while dW and db are computed
-    row_linear               the same of each summand
+    linear, mm, addmm        dx = dy Wᵀ, dW = xᵀ dy, db = sum over tokens of dy
+    copy                     the sum of dy over the ranks
+    column_linear            as linear, dx summed over the ranks while dW and db are computed
+    row_linear               as linear, of each summand
     layer_norm               native_layer_norm_backward of the mean and the deviation that are kept
     gelu, silu, relu, tanh   PyTorch's own backward operator
     y = a + b, y = a b       dy, dy;  dy b, dy a             of operands of one shape and dtype
@@ -24,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from autoshard import fused_ops
+from autoshard import fused_ops, ops
 from autoshard.analysis import WHOLE
 
 aten = torch.ops.aten
@@ -84,6 +85,40 @@ def _of_weight(b: Builder, x: Any, dy: fx.Node, transposed: bool) -> fx.Node:
     rows = _rows(b, x)
     left, right = (rows, dy) if transposed else (dy, rows)
     return b.then(torch.mm, b.then(torch.t, left), right)
+
+
+def _linear(b: Builder, x: Any, weight: Any, bias: Any = None) -> Made | None:
+    vectors = [val is None or val.dim() < 2 for val in (val_of(x), val_of(weight))]
+    return None if any(vectors) else _one(b, x, weight, bias, False)
+
+
+def _mm(b: Builder, x: Any, weight: Any) -> Made:
+    return _one(b, x, weight, None, True)
+
+
+def _addmm(b: Builder, bias: Any, x: Any, weight: Any) -> Made | None:
+    val = val_of(bias)
+    return _one(b, x, weight, bias, True) if val is not None and val.dim() == 1 else None
+
+
+def _one(b: Builder, x: Any, weight: Any, bias: Any, transposed: bool) -> Made:
+    y, size = _product(b, x, weight, bias, transposed), b.now(Tensor.size, x)
+
+    def gradients(whole: fx.Node) -> Gradients:
+        dy = _rows(b, whole)
+        if b.flows(x):
+            yield x, b.then(Tensor.view, _of_input(b, dy, weight, transposed), size)
+        if b.flows(weight):
+            yield weight, _of_weight(b, x, dy, transposed)
+        if b.flows(bias):
+            yield bias, b.then(torch.sum, dy, 0)
+
+    return y, gradients
+
+
+def _copy(b: Builder, x: Any, group: Any) -> Made:
+    y = b.now(Tensor.view_as, x, x)
+    return y, lambda dy: [(x, b.then("all_reduce", group, dy))]
 
 
 def _product(b: Builder, x: Any, weight: Any, bias: Any, transposed: bool) -> fx.Node:
@@ -284,6 +319,10 @@ def _pieces(b: Builder, how: Callable[..., Any], x: Any, sizes: Any, dim: int, c
 DERIVATIVES: dict[Any, Rule] = {
     fused_ops.column_linear: _column_linear,
     fused_ops.row_linear: _row_linear,
+    ops.copy: _copy,
+    aten.linear.default: _linear,
+    aten.mm.default: _mm,
+    aten.addmm.default: _addmm,
     aten.layer_norm.default: _layer_norm,
     aten.gelu.default: _of_operand(F.gelu, aten.gelu_backward.default),
     aten.silu.default: _of_operand(F.silu, aten.silu_backward.default),

@@ -118,13 +118,16 @@ class _Layer(torch.autograd.Function):
         ctx.made, ctx.placed = made, own
         if not all(made.flows):
             ctx.mark_non_differentiable(
-                *(r for r, flows in zip(results, made.flows, strict=True) if not flows)
+                *(
+                    r for r, flows in zip(results, made.flows, strict=True)
+                    if not flows and isinstance(r, Tensor)
+                )
             )
         return cast(tuple[Tensor, ...], results)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *dys: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *dys: Tensor | None) -> tuple[Tensor | None, ...]:
         kept, made = ctx.kept, ctx.made
         if kept is None:
             raise RuntimeError(

@@ -37,6 +37,7 @@ from the first to the last such call: autograd differentiates it, by itself.
 
 from __future__ import annotations
 
+import inspect
 import operator
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
@@ -44,7 +45,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from autoshard import layer_function
+from autoshard import layer_function, ops
 from autoshard.analysis import WHOLE
 from autoshard.bindings import BINDINGS
 from autoshard.derivatives import COMMUNICATING, DERIVATIVES, Backward, Gradients
@@ -66,8 +67,8 @@ def differentiate(graph: fx.Graph, needed: Sequence[bool]) -> Differentiated | N
 
     Returns:
         None where autograd does as well, as nothing communicates; where a result may be the memory of
-        an operand (written into, that is a change of the operand, which autograd follows); and where a
-        collective's operands are not plain enough for its row.
+        an operand or of another one (written into, that is a change of both, which autograd follows);
+        and where a collective's operands are not plain enough for its row.
     """
     nodes = _in_order(n for n in graph.nodes if n.op not in ("placeholder", "output"))
     placeholders = [n for n in graph.nodes if n.op == "placeholder"]
@@ -77,7 +78,10 @@ def differentiate(graph: fx.Graph, needed: Sequence[bool]) -> Differentiated | N
     flowing = _flowing(nodes, asked)
     if not any(n.target in COMMUNICATING for n in nodes) or not flowing & set(results):
         return None
-    if any(n.op != "call_function" for n in nodes) or not all(map(_is_new, results)):
+    memory = [_memory(result) for result in results if not _is_number(result)]
+    if any(m is None or m.op == "placeholder" for m in memory) or len(set(memory)) < len(memory):
+        return None
+    if any(n.op != "call_function" for n in nodes):
         return None
     made = _Builder(flowing, placeholders)
     for unit in _units(nodes, flowing):
@@ -122,22 +126,37 @@ def _flowing(nodes: Sequence[fx.Node], asked: Sequence[fx.Node]) -> set[fx.Node]
             value = node.meta.get(WHOLE, node.meta.get("val"))
             if isinstance(value, Tensor) and not value.dtype.is_floating_point:
                 continue
-            if not isinstance(value, (int, float, torch.SymInt, torch.SymFloat, torch.SymBool)):
+            if not _is_number(node):
                 found.add(node)
     return found
 
 
-def _is_new(result: Any) -> bool:
-    """Whether a result is memory of its own, by its operator's schema."""
-    if not isinstance(result, fx.Node):
-        return False
-    target = _operator(result)
-    if target in COMMUNICATING:
-        return True
-    schema = getattr(target, "_schema", None)
-    if schema is None or target is aten.dropout.default:  # which may give its operand
-        return False
-    return all(returned.alias_info is None for returned in schema.returns)
+def _is_number(node: Any) -> bool:
+    """A size, or what is computed from sizes."""
+    return isinstance(node, fx.Node) and isinstance(
+        node.meta.get(WHOLE, node.meta.get("val")),
+        (int, float, torch.SymInt, torch.SymFloat, torch.SymBool),
+    )
+
+
+def _memory(value: Any) -> fx.Node | None:
+    """The node in whose memory a value lies, by its operators' schemas; None where that is unknown.
+
+    A copy into a group is memory of its own to autograd: a view that refuses to be written into.
+    """
+    while isinstance(value, fx.Node):
+        target = _operator(value)
+        if value.op == "placeholder" or target in (*COMMUNICATING, ops.copy, ops.reduce):
+            return value
+        schema = getattr(target, "_schema", None)
+        if schema is None and target is not operator.getitem:
+            return None
+        if schema is not None and all(r.alias_info is None for r in schema.returns):
+            return None if target is aten.dropout.default else value  # which may give its operand
+        value = value.args[0]
+        if isinstance(value, fx.Node) and value.target in COMMUNICATING:
+            return value
+    return None
 
 
 def _units(nodes: Sequence[fx.Node], flowing: set[fx.Node]) -> Iterator[list[fx.Node]]:
@@ -232,7 +251,11 @@ class _Builder:
         rule, self._at = DERIVATIVES.get(_operator(node)), node
         args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: self._env[n])
         users = list(node.users)
-        made = None if rule is None else rule(self, *args, **kwargs)
+        try:
+            given = inspect.signature(rule).bind(self, *args, **kwargs) if rule is not None else None
+        except TypeError:  # an argument that the row does not know
+            given = None
+        made = None if given is None or rule is None else rule(*given.args, **given.kwargs)
         if made is None:
             return False
         results, backward = made
