@@ -333,6 +333,8 @@ def gradients_by_node(
     The engine also sums gradients that were broadcast, and casts: here these are None too.
     """
     node: Any = result.grad_fn
+    if node is None:  # the result is a leaf: a cast to its own dtype gives the operand
+        return None
     sources = [getattr(n, "variable", None) for n, _ in node.next_functions]
     if len(sources) != len(leaves) or any(s is not x for s, x in zip(sources, leaves, strict=True)):
         return None
