@@ -216,7 +216,7 @@ def _rows_of(body: Body) -> dict[Any, Callable[[fx.Node], fx.Node]]:
     }
 
 
-@pytest.mark.parametrize("target", DERIVATIVES, ids=str)
+@pytest.mark.parametrize("target", DERIVATIVES)
 @pytest.mark.parametrize("coordinate", [0, 1])
 def test_every_row(target: Any, coordinate: int) -> None:
     """With every choice of what a gradient is asked of."""
