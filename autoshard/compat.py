@@ -33,6 +33,8 @@
   one whose backward runs a forward once more needs it there.
 - ``UntypedStorage._cdata`` (torch 2.11, 2.13): which traced tensors share memory. Traced storages have
   no address, and storages do not compare.
+- ``torch._C.DispatchKey`` (torch 2.11, 2.13): which operators are written in others. Their results may
+  be their operands, though their schemas say that they are not.
 """
 
 from __future__ import annotations
@@ -471,3 +473,9 @@ def timeout_of(group: dist.ProcessGroup | None, device: torch.device) -> timedel
         return group._get_backend(device).options._timeout  # type: ignore[union-attr]
     except (AttributeError, RuntimeError):
         return None
+
+
+def is_composite(operator: torch._ops.OpOverload) -> bool:
+    """Whether an operator is a function of others, without a derivative of its own."""
+    key = torch._C.DispatchKey.CompositeImplicitAutograd
+    return bool(operator.has_kernel_for_dispatch_key(key))

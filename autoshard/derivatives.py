@@ -13,6 +13,7 @@ becomes one that is kept. Calls without a row are differentiated by autograd (`l
     gelu, silu, relu, tanh   PyTorch's own backward operator
     y = a + b, y = a b       dy, dy;  dy b, dy a             of operands of one shape and dtype
     views                    the inverse view; pieces: their concatenation
+    detach                   none
 """
 
 from __future__ import annotations
@@ -167,8 +168,7 @@ def _row_linear(
 ) -> Made | None:
     if any(_unlike(x, xs[0]) for x in xs[1:]):
         return None
-    given = tuple(bias for bias in biases if bias is not None)
-    y = b.now(fused_ops.row_linear_forward, tuple(xs), group, tuple(weights), given, transposed)
+    y = b.now(fused_ops.row_linear, tuple(xs), group, tuple(weights), tuple(biases), transposed)
     sizes = [b.now(Tensor.size, x) for x in xs]
 
     def gradients(whole: fx.Node) -> Gradients:
@@ -179,9 +179,10 @@ def _row_linear(
             if b.flows(x):
                 dx = _of_input(b, dy, weight, transposed)
                 yield x, b.then(Tensor.view, dx, size)
-        if any(map(b.flows, given)):
+        trained = [bias for bias in biases if b.flows(bias)]
+        if trained:
             dbias = b.then(torch.sum, dy, 0)
-            yield from ((bias, dbias) for bias in given if b.flows(bias))
+            yield from ((bias, dbias) for bias in trained)
 
     return y, gradients
 
@@ -338,4 +339,5 @@ DERIVATIVES: dict[Any, Rule] = {
     aten.split_with_sizes.default: _split,
     aten.chunk.default: _chunk,
 }
+STOPS = (aten.detach.default,)  # no gradient flows through
 COMMUNICATING = (fused_ops.column_linear, fused_ops.row_linear)

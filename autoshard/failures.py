@@ -142,7 +142,7 @@ def _of_line(line: Line, way: str) -> Place:
 
 
 # Fused calls, by the collective that the graph has which people read.
-_COMMUNICATES_AS = {"column_linear": "copy", "row_linear": "reduce", "row_linear_forward": "reduce"}
+_COMMUNICATES_AS = {"column_linear": "copy", "row_linear": "reduce"}
 
 
 def _of_node(node: fx.Node, way: str) -> Place:

@@ -86,19 +86,6 @@ def row_linear(
     return y if first.dim() == 2 else y.view(*first.shape[:-1], y.shape[-1])
 
 
-def row_linear_forward(
-    xs: Sequence[Tensor],
-    group: Group,
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor],
-    transposed: bool,
-) -> Tensor:
-    """`row_linear` where nothing is recorded, and `xs` are alike; `biases` are those that there are."""
-    first = xs[0]
-    y = group.all_reduce(_parts(xs, group, weights, biases, transposed), inplace=True)
-    return y if first.dim() == 2 else y.view(*first.shape[:-1], y.shape[-1])
-
-
 def _parts(
     xs: Sequence[Tensor],
     group: Group,

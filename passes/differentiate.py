@@ -48,14 +48,12 @@ from torch import Tensor, fx
 from autoshard import layer_function, ops
 from autoshard.analysis import WHOLE
 from autoshard.bindings import BINDINGS
-from autoshard.derivatives import COMMUNICATING, DERIVATIVES, Backward, Gradients
+from autoshard.compat import is_composite
+from autoshard.derivatives import COMMUNICATING, DERIVATIVES, STOPS, Backward, Gradients
 from autoshard.layer_function import Differentiated
 from autoshard.parts import graph_of, operands_of, place_in_model, results_of
 
-aten = torch.ops.aten
-
 OPERATORS = {binding: target for target, binding in BINDINGS.items()}
-STOPS = (aten.detach.default,)  # no gradient flows through
 
 
 def differentiate(graph: fx.Graph, needed: Sequence[bool]) -> Differentiated | None:
@@ -142,7 +140,9 @@ def _is_number(node: Any) -> bool:
 def _memory(value: Any) -> fx.Node | None:
     """The node in whose memory a value lies, by its operators' schemas; None where that is unknown.
 
-    A copy into a group is memory of its own to autograd: a view that refuses to be written into.
+    A composite operator may give its operand, whatever its schema says (dropout that is off, a cast to
+    its own dtype); those that have a row do not. A copy into a group is memory of its own to autograd:
+    a view that refuses to be written into.
     """
     while isinstance(value, fx.Node):
         target = _operator(value)
@@ -152,7 +152,7 @@ def _memory(value: Any) -> fx.Node | None:
         if schema is None and target is not operator.getitem:
             return None
         if schema is not None and all(r.alias_info is None for r in schema.returns):
-            return None if target is aten.dropout.default else value  # which may give its operand
+            return value if target in DERIVATIVES or not is_composite(target) else None
         value = value.args[0]
         if isinstance(value, fx.Node) and value.target in COMMUNICATING:
             return value

@@ -421,7 +421,7 @@ def test_a_result_that_no_gradient_flows_through() -> None:
     assert _same(module, body.values, needed, [True, True]) is not None
 
 
-@pytest.mark.parametrize("alias", ["operand", "view", "reshape"])
+@pytest.mark.parametrize("alias", ["operand", "view", "reshape", "dropout", "cast"])
 def test_results_that_may_be_operands_are_left_to_autograd(alias: str) -> None:
     body = Body()
     (y,) = body.column(body.x)
@@ -429,9 +429,23 @@ def test_results_that_may_be_operands_are_left_to_autograd(alias: str) -> None:
         "operand": lambda: body.x,
         "view": lambda: body.call(aten.view.default, body.x, [-1, H]),
         "reshape": lambda: body.call(aten.reshape.default, body.x, [-1, H]),
+        "dropout": lambda: body.call(aten.dropout.default, body.x, 0.0, True),
+        "cast": lambda: body.call(aten.type_as.default, body.x, body.x),
     }[alias]()
     module = body.ended(body.row([y]), other)
     assert differentiate(module.graph, [isinstance(v, Tensor) for v in body.values]) is None
+
+
+def test_a_part_may_give_its_operand() -> None:
+    """A cast to its own dtype computes nothing, and autograd has no node for it."""
+    body = Body()
+    (y,) = body.column(body.x)
+    cast = body.call(aten.to.dtype, y, torch.float64)
+    module = body.ended(body.row([cast]))
+    needed = [isinstance(v, Tensor) for v in body.values]
+    made = _same(module, body.values, needed, [True])
+    assert made is not None
+    assert any(n.target is layer_function.recorded for n in made.forward.graph.nodes)
 
 
 def test_the_sum_runs_under_the_gradients_of_the_weights(layer: Any) -> None:
