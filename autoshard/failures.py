@@ -44,8 +44,8 @@ _files: dict[str, str] = {}  # of all graphs there ever were -> their pass; aske
 def know(module: fx.GraphModule, way: str = "forward") -> None:
     """Have failures in this graph named by node and layer.
 
-    way: "backward" of a graph that computes gradients; the node that one is the gradient of stands in
-        its ``meta["backward_of"]``.
+    way: "backward" of a graph that computes gradients. A node that computes what another one does, or
+        that one's gradient, is called by its name: ``meta["stands_for"]``.
     """
     file = type(module).forward.__code__.co_filename
     _graphs[file] = module
@@ -146,7 +146,7 @@ _COMMUNICATES_AS = {"column_linear": "copy", "row_linear": "reduce"}
 
 
 def _of_node(node: fx.Node, way: str) -> Place:
-    node = node.meta.get("backward_of", node)
+    node = node.meta.get("stands_for", node)
     target = str(getattr(node.target, "__name__", node.target))
     target = _COMMUNICATES_AS.get(target, target)
     # What enters a layer was made by the one before.

@@ -94,7 +94,8 @@ class Differentiated:
             bodies = {n: fx.GraphModule({}, g, class_name="PartOfLayer") for n, g in parts.items()}
             self.forward = fx.GraphModule(bodies, forward, class_name="LayerForward")
             self.backward = fx.GraphModule({}, backward, class_name="LayerBackward")
-        know(self.forward)
+        for known in (self.forward, *bodies.values()):
+            know(known)
         know(self.backward, "backward")
 
     def __call__(self, parameters: Sequence[Tensor], operands: Sequence[Any]) -> Any:

@@ -213,9 +213,7 @@ class _Builder:
     def then(self, target: Callable[..., Any] | str, *args: Any, **kwargs: Any) -> fx.Node:
         """A call in the backward pass, which keeps what it needs."""
         given: Any = fx.map_arg((args, kwargs), self._keep)
-        made = self._emit(self._backward, target, *given)
-        made.meta["backward_of"] = self._at
-        return made
+        return self._emit(self._backward, target, *given)
 
     def flows(self, value: Any) -> bool:
         """Whether a gradient is asked of this value of the forward pass."""
@@ -225,7 +223,7 @@ class _Builder:
         op = "call_method" if isinstance(target, str) else "call_function"
         made = graph.create_node(op, target, tuple(args), dict(kwargs))
         if self._at is not None:
-            made.meta.update(place_in_model(self._at))
+            made.meta.update(place_in_model(self._at), stands_for=self._at)
         return made
 
     def _keep(self, node: fx.Node) -> fx.Node:
@@ -295,7 +293,7 @@ class _Builder:
         return True
 
     def _stands_for(self, node: fx.Node, made: fx.Node) -> None:
-        made.meta = dict(node.meta)
+        made.meta = {**node.meta, "stands_for": node}
         self._env[node] = made
         if node in self._before:
             self._flowing.add(made)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from dataclasses import astuple
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -175,10 +177,14 @@ def test_a_noisy_link_still_has_a_bandwidth() -> None:
     ("file", "name"), [("h200-x2", "h200"), ("h200-x1", "h200-x1"), ("h100-x1", "h100")]
 )
 def test_presets_are_the_fit_of_what_was_measured(file: str, name: str) -> None:
-    """Nothing but what the source says was changed by hand."""
+    """Nothing but what the source says was changed by hand. The fit's last digit is the processor's."""
+    same = partial(pytest.approx, rel=1e-9)
     found = fit(json.loads((MEASURED / f"{file}-calibration.json").read_text()), name, load(name).date)
     preset = load(name)
-    assert preset.flops["bfloat16"] == found.flops["bfloat16"]
-    assert preset.fill == found.fill and preset.bandwidth == found.bandwidth
-    assert preset.links[:1] == found.links[:1] or not found.links
-    assert preset.attention == found.attention
+    assert preset.flops["bfloat16"] == same(found.flops["bfloat16"])
+    assert preset.fill == same(found.fill) and preset.bandwidth == same(found.bandwidth)
+    for mine, theirs in zip(preset.links, found.links, strict=False):
+        assert astuple(mine) == same(astuple(theirs))
+    assert preset.attention.keys() == found.attention.keys()
+    for kernel, rates in found.attention.items():
+        assert preset.attention[kernel] == same(rates)
