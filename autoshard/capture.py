@@ -12,11 +12,10 @@ import copy
 import functools
 import inspect
 import io
-import itertools
 import logging
 import warnings
 from collections import OrderedDict, defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,7 +23,6 @@ import torch
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.export.graph_signature import InputKind
-from torch.fx import traceback
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
@@ -32,10 +30,12 @@ from torch.utils import _pytree as pytree
 from autoshard import huggingface
 from autoshard.analysis import CHECKPOINT
 from autoshard.autograd_functions import kept, lost_in_strict
+from autoshard.checkpoint_marks import Marks
 from autoshard.compat import autograd_functions_inlined, checkpoints_entered, without_modes
 from autoshard.errors import CaptureError
 from autoshard.guards import Holds, shape_guard
 from autoshard.layouts import Layout
+from autoshard.repeated_layers import repeated_layers_copied
 
 SMALL = 2**16  # elements
 BUILTINS = (dict, OrderedDict, defaultdict)
@@ -127,10 +127,11 @@ def capture(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
         around.enter_context(_quiet())
         around.enter_context(without_modes())
         around.enter_context(_AsEager())
-        around.enter_context(checkpoints_entered(_marks()))
+        marks = Marks()
+        around.enter_context(checkpoints_entered(marks.entered))
         hooks = around.enter_context(_hooks_noticed())
         try:
-            with kept():
+            with kept(), repeated_layers_copied(model, marks):
                 program = torch.export.export(
                     model, args, kwargs, dynamic_shapes=_by_name(model, shapes), strict=False
                 )
@@ -200,30 +201,6 @@ class _AsEager(TorchFunctionMode):
             if not (given.arguments["p"] and given.arguments["training"]):
                 return given.arguments["input"]
         return func(*args, **(kwargs or {}))
-
-
-def _marks() -> Callable[[], contextlib.AbstractContextManager[None]]:
-    """A context for each call of ``torch.utils.checkpoint``: nodes traced inside have its number.
-
-    Of nested calls the outermost counts: its recomputation covers the inner ones.
-    """
-    calls = itertools.count()
-    inside = False
-
-    @contextlib.contextmanager
-    def mark() -> Iterator[None]:
-        nonlocal inside
-        if inside:
-            yield
-            return
-        inside = True
-        try:
-            with traceback.preserve_node_meta(), traceback.annotate({CHECKPOINT: next(calls)}):
-                yield
-        finally:
-            inside = False
-
-    return mark
 
 
 def _marked(graph: fx.Graph) -> None:

@@ -35,6 +35,14 @@
   no address, and storages do not compare.
 - ``torch._C.DispatchKey`` (torch 2.11, 2.13): which operators are written in others. Their results may
   be their operands, though their schemas say that they are not.
+- ``get_proxy_slot``, ``track_tensor_tree``, ``disable_proxy_modes_tracing`` (torch 2.13): which node
+  stands for a tensor that is being traced. The copy of a traced layer gives tensors of its own.
+- ``FakeTensor`` and ``in_kernel_invocation_manager`` (torch 2.13): a traced value is made from
+  another one's sizes in 60 us; ``empty_strided`` with symbolic sizes takes 500.
+- ``ShapeEnv.guards``, ``_get_key`` and ``var_to_range`` (torch 2.13): whether tracing learnt
+  anything about the sizes.
+- ``_has_any_global_hook`` (torch 2.13): hooks on all modules.
+- ``DisableTorchFunction`` (torch 2.13): tracing watches what is asked of a tensor by four modes.
 """
 
 from __future__ import annotations
@@ -49,13 +57,16 @@ from typing import Any, cast
 
 import torch
 import torch.utils.checkpoint
-from torch import Tensor
+from torch import Tensor, fx
 from torch import distributed as dist
+from torch._subclasses.fake_tensor import FakeTensor, in_kernel_invocation_manager
 from torch.autograd.function import once_differentiable
 from torch.distributed import AllreduceOptions, distributed_c10d
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement
 from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
+from torch.fx.experimental import proxy_tensor
+from torch.nn.modules.module import _has_any_global_hook
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._sympy.printers import PythonPrinter
 
@@ -479,3 +490,121 @@ def is_composite(operator: torch._ops.OpOverload) -> bool:
     """Whether an operator is a function of others, without a derivative of its own."""
     key = torch._C.DispatchKey.CompositeImplicitAutograd
     return bool(operator.has_kernel_for_dispatch_key(key))
+
+
+@contextlib.contextmanager
+def module_calls(around: Callable[..., Any]) -> Iterator[None]:
+    """Inside, a module call that is traced is ``around(tracer, module, forward, *args, **kwargs)``."""
+    original = fx.Tracer.call_module
+
+    def call_module(
+        self: fx.Tracer, m: Any, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        return original(self, m, functools.partial(around, self, m, forward), args, kwargs)
+
+    fx.Tracer.call_module = call_module  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        fx.Tracer.call_module = original  # type: ignore[method-assign]
+
+
+# What a trace writes down of torch.no_grad and torch.autocast; nested graphs are made of it later.
+MODES_ENTERED = (
+    torch._C._set_grad_enabled,
+    torch.amp.autocast_mode._enter_autocast,
+    torch.amp.autocast_mode._exit_autocast,
+)
+
+
+def has_global_hooks() -> bool:
+    """Whether every module has a hook."""
+    return bool(_has_any_global_hook())
+
+
+# Inside, what is asked of a tensor is not shown to the modes that watch a trace, at 10 us a question.
+unwatched: Callable[[], contextlib.AbstractContextManager[None]] = torch._C.DisableTorchFunction
+
+
+@contextlib.contextmanager
+def untraced() -> Iterator[None]:
+    """Inside, tensors are tensors, whatever is being traced around."""
+    with unwatched(), _disable_current_modes():
+        yield
+
+
+def traced_node(tensor: Tensor, tracer: Any) -> fx.Node | None:
+    """What stands for a traced tensor in the graph; None for one that is not traced."""
+    slot = proxy_tensor.get_proxy_slot(tensor, tracer, None)
+    return slot.proxy.node if slot is not None and isinstance(tensor, FakeTensor) else None
+
+
+def is_traced_constant(tensor: Tensor, tracer: Any) -> bool:
+    """Whether the tracer knows the tensor's numbers, so that a model may branch on them."""
+    return proxy_tensor.get_proxy_slot(tensor, tracer).constant is not None
+
+
+def attach_node(tensor: Tensor, node: fx.Node, tracer: Any) -> None:
+    """From here on the node stands for the tensor."""
+    proxy_tensor.track_tensor_tree(tensor, fx.Proxy(node, tracer), constant=None, tracer=tracer)
+
+
+def constant_node(value: Tensor, tracer: Any) -> fx.Node:
+    """A node for a tensor of these numbers, as if the model had made it here."""
+    with untraced():
+        value = value.clone()
+    return cast(fx.Node, tracer.create_arg(value))
+
+
+def size_facts(traced: Sequence[Tensor]) -> Any:
+    """What is known of symbolic sizes in the trace that the tensors are of, to be compared."""
+    environment = cast(FakeTensor, traced[0]).fake_mode.shape_env if traced else None
+    if environment is None:
+        return None
+    return len(environment.guards), environment._get_key(), dict(environment.var_to_range)
+
+
+def traced_like(tensor: Tensor, memory: Tensor | None) -> Tensor:
+    """A traced value of the same sizes, strides and type: in this memory, or in memory of its own.
+
+    Memory of its own is an identity and no bytes: nothing reads the value of a node.
+    """
+    fake = cast(FakeTensor, tensor)
+    with in_kernel_invocation_manager(fake.fake_mode):
+        if memory is None:
+            base = torch.empty(0, dtype=fake.dtype, device="meta")
+        else:
+            base = torch.ops.aten.detach.default(memory)
+        if base.dtype != fake.dtype:
+            base = base.view(fake.dtype)
+        made = torch.as_strided(base, fake.size(), fake.stride(), fake.storage_offset())
+    return FakeTensor(fake.fake_mode, made, fake.device)
+
+
+class _New(torch.autograd.Function):
+    """Tensors that came from somewhere: no leaves, where they have gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, anchor: Tensor, like: list[Tensor]) -> tuple[Tensor, ...]:
+        made = tuple(_empty_like(t) for t in like)
+        pairs = zip(made, like, strict=True)
+        ctx.mark_non_differentiable(*(new for new, t in pairs if not t.requires_grad))
+        return made
+
+
+def _empty_like(t: Tensor) -> Tensor:
+    return torch.empty_strided(t.size(), t.stride(), dtype=t.dtype, device=t.device)
+
+
+def new_traced(like: list[Tensor]) -> list[Tensor]:
+    """Traced tensors of these sizes, strides and types, that have gradients where these have."""
+    if not like:
+        return []
+    environment = cast(FakeTensor, like[0]).fake_mode.shape_env
+    with (
+        proxy_tensor.disable_proxy_modes_tracing(),
+        environment.suppress_guards() if environment is not None else contextlib.nullcontext(),
+    ):
+        if not any(t.requires_grad for t in like):
+            return [_empty_like(t) for t in like]
+        return list(apply_function(_New, torch.empty(0, requires_grad=True), like))
