@@ -7,7 +7,7 @@ becomes one that is kept. Calls without a row are differentiated by autograd (`l
     call                     gradients
     linear, mm, addmm        dx = dy Wᵀ, dW = xᵀ dy, db = sum over tokens of dy
     copy                     the sum of dy over the ranks
-    column_linear            as linear, dx summed over the ranks while dW and db are computed
+    column_linear            `fused_ops.column_gradients`
     row_linear               as linear, of each summand
     layer_norm               native_layer_norm_backward of the mean and the deviation that are kept
     gelu, silu, relu, tanh   PyTorch's own backward operator
@@ -134,26 +134,16 @@ def _column_linear(
     ys = [_product(b, x, *both, transposed) for both in zip(weights, biases, strict=True)]
     size = b.now(Tensor.size, x)
 
-    def gradients(*given: fx.Node | None) -> Gradients:
-        dys = [None if dy is None else _rows(b, dy) for dy in given]
-        sums: fx.Node | None = None
-        if b.flows(x):
-            dx: fx.Node | None = None
-            for dy, weight in zip(dys, weights, strict=True):
-                if dy is not None and dx is None:
-                    dx = _of_input(b, dy, weight, transposed)
-                elif dy is not None:
-                    other = b.then(torch.t, weight) if transposed else weight
-                    dx = b.then("addmm_", dx, dy, other)
-            assert dx is not None
-            sums = b.then("start_all_reduce", group, b.then(Tensor.view, dx, size))
-        for dy, weight, bias in zip(dys, weights, biases, strict=True):
-            if dy is not None and b.flows(weight):
-                yield weight, _of_weight(b, x, dy, transposed)
-            if dy is not None and b.flows(bias):
-                yield bias, b.then(torch.sum, dy, 0)
-        if sums is not None:
-            yield x, b.then(operator.call, sums)
+    def gradients(*dys: fx.Node | None) -> Gradients:
+        trained, biased = [[b.flows(v) for v in values] for values in (weights, biases)]
+        made = b.then(
+            fused_ops.column_gradients, x if any(trained) else None, size, group,
+            tuple(weights) if b.flows(x) else None, dys, transposed, trained, biased,
+        )  # fmt: skip
+        used = [True, *(dy is not None for dy in (*dys, *dys))]
+        for place, value in enumerate((x, *weights, *biases)):
+            if used[place] and b.flows(value):
+                yield value, b.then(operator.getitem, made, place)
 
     return ys, gradients
 

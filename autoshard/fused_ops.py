@@ -9,6 +9,9 @@ gradients are computed. `row_linear` lets the first rank add the bias before the
 it once: one pass over the result fewer. Where results are added (attention and MLP side by side), what
 ranks have is added first, and summed over them once: sum_r a_r + sum_r b_r = sum_r (a_r + b_r).
 
+Where `column_linear` has several weights (q, k and v), the product that gives the input's gradient is
+one, of gradients and weights laid side by side, if that moves less memory (`side_by_side`).
+
 Both take a weight as `F.linear` does, [out, in], or transposed, [in, out], as `addmm` does. Under
 autocast they are the calls that they replace, which PyTorch casts one by one. Under torch.compile the
 bias is added after the sum, in the kernel of what comes next.
@@ -50,6 +53,78 @@ def column_linear(
     return cast(
         tuple[Tensor, ...], function.apply(x, group, transposed, len(weights), *weights, *biases)
     )
+
+
+def column_gradients(
+    x: Tensor | None,
+    shape: Sequence[int],
+    group: Group,
+    weights: Sequence[Tensor] | None,
+    dys: Sequence[Tensor | None],
+    transposed: bool,
+    of_weights: Sequence[bool],
+    of_biases: Sequence[bool],
+) -> tuple[Tensor | None, ...]:
+    """The gradients of `column_linear`: of `x`, of each weight, of each bias; None where not asked.
+
+    x: [..., in] of `shape`; None where no weight's gradient is asked. weights: None where that of `x`
+    is not. dys: [..., out_i]; None of a result that nobody used.
+    """
+    rows = [None if dy is None else _rows(dy) for dy in dys]
+    there = [place for place, dy in enumerate(rows) if dy is not None]
+    used = [dy for dy in rows if dy is not None]
+    beside: Sequence[Tensor] = used
+    running: Callable[[], Tensor] | None = None
+    if weights is not None and used:
+        beside, together = side_by_side(used, [weights[place] for place in there], transposed)
+        running = group.start_all_reduce(_input_gradient(beside, together, transposed).view(shape))
+        del together
+    found: list[Tensor | None] = [None] * len(rows)
+    trained = [place for place in there if of_weights[place]]
+    if x is not None and trained == there and len(beside) < len(used):
+        pieces = _of_weight(_rows(x), beside[0], transposed).split([dy.shape[1] for dy in used])
+        found = [dict(zip(there, pieces, strict=True)).get(place) for place in range(len(rows))]
+    elif x is not None:
+        wide = _rows(x)
+        for place in trained:
+            found[place] = _of_weight(wide, cast(Tensor, rows[place]), transposed)
+    sums = [
+        dy.sum(0) if asked and dy is not None else None
+        for dy, asked in zip(rows, of_biases, strict=True)
+    ]
+    return None if running is None else running(), *found, *sums
+
+
+def side_by_side(
+    dys: Sequence[Tensor], weights: Sequence[Tensor], transposed: bool
+) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+    """`dys` and `weights` of `dx = sum_i dy_i W_iᵀ`; as one each where that moves less memory.
+
+    In elements, with the columns of all n weights together:
+
+        one product    2 columns (tokens + in)     gradients and weights, read and written
+        n products     2 (n - 1) tokens in         dx, read and written again for each but the first
+
+    Small products wait for memory, not for arithmetic: of 8 kv heads over 8 ranks k and v have 128
+    columns each. dys: [tokens, out_i]. Weights [in, out_i] are left alone, as pieces of their gradient
+    would not be contiguous; and what is compiled, as its sizes may be symbols.
+    """
+    if transposed or len(dys) < 2 or torch.compiler.is_compiling():
+        return dys, weights
+    tokens, size = dys[0].shape[0], weights[0].shape[1]
+    columns = sum(weight.shape[0] for weight in weights)
+    if columns * (tokens + size) >= (len(dys) - 1) * tokens * size:
+        return dys, weights
+    return [torch.cat(tuple(dys), 1)], [torch.cat(tuple(weights))]
+
+
+def _input_gradient(dys: Sequence[Tensor], weights: Sequence[Tensor], transposed: bool) -> Tensor:
+    """[tokens, in]."""
+    pairs = [(dy, w.t() if transposed else w) for dy, w in zip(dys, weights, strict=True)]
+    dx = torch.mm(*pairs[0])
+    for dy, weight in pairs[1:]:
+        dx.addmm_(dy, weight)
+    return dx
 
 
 def row_linear(
@@ -146,29 +221,12 @@ class _ColumnLinear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *given: Tensor | None) -> tuple[Tensor | None, ...]:
         x, *weights = ctx.saved_tensors
-        grads = [None if dy is None else _rows(dy) for dy in given]
-        needed = ctx.needs_input_grad
-        dx: Tensor | None = None
-        wait: Callable[[], Tensor] | None = None
-        if needed[0]:
-            for dy, weight in zip(grads, weights, strict=True):
-                if dy is not None:
-                    other = weight.t() if ctx.transposed else weight
-                    dx = torch.mm(dy, other) if dx is None else dx.addmm_(dy, other)
-            if dx is not None:
-                dx = dx.view(ctx.shape)
-                wait = ctx.group.start_all_reduce(dx)
-        of_weights = [
-            _of_weight(_rows(x), dy, ctx.transposed) if need and dy is not None else None
-            for dy, need in zip(grads, needed[4 : 4 + ctx.count], strict=True)
-        ]
-        of_biases = [
-            dy.sum(0) if need and dy is not None else None
-            for dy, need in zip(grads, needed[4 + ctx.count :], strict=True)
-        ]
-        if wait is not None:
-            dx = wait()
-        return dx, None, None, None, *of_weights, *of_biases
+        count, needed = ctx.count, ctx.needs_input_grad
+        found = column_gradients(
+            x, ctx.shape, ctx.group, weights if needed[0] else None, given, ctx.transposed,
+            needed[4 : 4 + count], needed[4 + count :],
+        )  # fmt: skip
+        return found[0], None, None, None, *found[1:]
 
 
 class _Sum(torch.autograd.Function):

@@ -24,11 +24,8 @@ and backward (``act``, ``w2``, ... are popped from the list of what is kept wher
     d_w2 = mm(t(dy), flatten(act, 0, -2))
     d_act = view(mm(dy, w2), act_size)
     d_b2 = sum(dy, 0)
-    d_fc = flatten(aten.gelu_backward(d_act, fc), 0, -2)
-    running = tp2.start_all_reduce(view(mm(d_fc, w1), norm_size))
-    d_w1 = mm(t(d_fc), flatten(norm, 0, -2))
-    d_b1 = sum(d_fc, 0)
-    d_norm = running()
+    d_fc = aten.gelu_backward(d_act, fc)
+    d_norm, d_w1, d_b1 = fused_ops.column_gradients(norm, norm_size, tp2, (w1,), (d_fc,), False, ...)
     return (d_norm, d_w1, d_b1, d_w2, d_b2)
 
 What stands between two collectives and has a call without a row in ``derivatives.py`` is *a part*,

@@ -334,7 +334,7 @@ def linears(draw: st.DrawFn) -> dict[str, Any]:
     return {
         "tp": draw(st.integers(2, 3)),
         "transposed": draw(st.booleans()),
-        "batch": draw(st.sampled_from([(3,), (2, 3), (2, 1, 3), (0, 3)])),
+        "batch": draw(st.sampled_from([(3,), (2, 3), (2, 1, 3), (0, 3), (40,), (2, 20)])),
         "out": draw(st.lists(st.integers(1, 4), min_size=count, max_size=count)),
         "biases": draw(flags),
         "trained": draw(flags),
@@ -503,6 +503,33 @@ def test_the_sum_runs_under_the_weights_gradients() -> None:
     finally:
         fused_ops._of_weight = original
     assert events[3:] == ["start", "weight", "wait"]
+
+
+@pytest.mark.parametrize(
+    ("tokens", "size", "columns", "products"),
+    [
+        (64, 64, (8, 2, 2), 2),  # few columns: one for the input, one for the weights
+        (64, 64, (64, 64, 64), 6),  # many: each alone
+        (64, 64, (16, 15), 2),  # 31 * (64 + 64) < 64 * 64
+        (64, 64, (16, 16), 4),  # no less
+        (64, 64, (8,), 2),
+    ],
+)
+def test_products_side_by_side(
+    tokens: int, size: int, columns: tuple[int, ...], products: int
+) -> None:
+    """One product for the gradient of the input, where that moves less memory; the same gradients."""
+    group: Any = SimpleNamespace(degree=2, coordinate=0, start_all_reduce=lambda x: lambda: x)
+    x = _values(0, 1, tokens, size).requires_grad_()
+    weights = [_values(i + 1, out, size).requires_grad_() for i, out in enumerate(columns)]
+    dys = [_values(-1 - i, 1, tokens, out) for i, out in enumerate(columns)]
+    ys = fused_ops.column_linear(x, group, weights, [None] * len(columns), False)
+    with torch.profiler.profile() as profile:
+        found = torch.autograd.grad(ys, [x, *weights], dys)
+    assert sum(e.name in ("aten::mm", "aten::addmm_") for e in profile.events() or []) == products
+    apart = torch.autograd.grad([torch.nn.functional.linear(x, w) for w in weights], [x, *weights], dys)
+    torch.testing.assert_close(found, apart)
+    assert all(grad.is_contiguous() for grad in found)
 
 
 @pytest.mark.parametrize("trained", ["x", "weight", "both"])
