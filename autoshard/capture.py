@@ -131,10 +131,15 @@ def capture(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
         around.enter_context(checkpoints_entered(marks.entered))
         hooks = around.enter_context(_hooks_noticed())
         try:
-            with kept(), repeated_layers_copied(model, marks):
-                program = torch.export.export(
-                    model, args, kwargs, dynamic_shapes=_by_name(model, shapes), strict=False
-                )
+            export = functools.partial(
+                torch.export.export,
+                model, args, kwargs, dynamic_shapes=_by_name(model, shapes), strict=False,
+            )  # fmt: skip
+            with kept(), repeated_layers_copied(model, marks) as mistaken:
+                program = export()
+            if mistaken:
+                with kept():
+                    program = export()
         except CaptureError:
             raise
         except Exception as error:

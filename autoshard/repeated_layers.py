@@ -5,14 +5,15 @@ all equal. While a model is traced, a call of a numbered module (``transformer.h
 those before: modules and tensors of the same shapes, types and flags, the same arguments, and the same
 values of all that its Python code can see, but for attributes that were never read. If two other
 layers that were called so gave the same nodes, this one's are a copy of theirs. Two: what tells layers
-apart by means that are not compared mostly tells these two apart.
+apart by means that are not compared mostly tells these two apart. The last of a kind is traced too: if
+it is not what a copy would have been, no copy is trusted, and the model is traced again without.
 
 Whatever is in doubt is traced: hooks, a second call, arguments that can be changed, writes into what
 is given, attributes set, random numbers drawn in Python, tensors from elsewhere, sizes of data.
 
 What remains: a layer whose Python code finds out by other ways which layer it is (state behind a
 dictionary of functions, in an object in a global object, in a file; the time), and does for the
-first two of its kind the same, but not for a later one.
+first two and the last of its kind the same, but not for one between.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections import Counter, defaultdict
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping, Set
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -37,13 +38,21 @@ TRACED = 2  # layers of a kind
 
 
 @contextlib.contextmanager
-def repeated_layers_copied(model: nn.Module, marks: Marks) -> Iterator[None]:
-    """Inside, what traces the model traces the first layers of each kind only."""
+def repeated_layers_copied(model: nn.Module, marks: Marks) -> Iterator[list[str]]:
+    """Inside, what traces the model traces the first layers of each kind, and the last, only.
+
+    Yields:
+        paths of layers that were traced and were not what a copy would have been: what is traced inside
+        is not to be used where there are any.
+    """
     layers = {id(m): m for name, m in model.named_modules() if name and layer_of(name) == name}
     kinds = Counter(map(type, layers.values()))
     repeated = {key: m for key, m in layers.items() if kinds[type(m)] > TRACED}
-    with module_calls(_Layers(repeated, marks)) if repeated else contextlib.nullcontext():
-        yield
+    last = frozenset({type(m): key for key, m in repeated.items()}.values())
+    mistaken: list[str] = []
+    around = module_calls(_Layers(repeated, last, marks, mistaken))
+    with around if repeated else contextlib.nullcontext():
+        yield mistaken
 
 
 @dataclass(frozen=True)
@@ -83,7 +92,9 @@ class _Layers:
     """Stands around every call of a module while the model is traced."""
 
     layers: Mapping[int, nn.Module]
+    last: Set[int]
     marks: Marks
+    mistaken: list[str]
     inside: bool = False  # a layer that is being traced, with the layers in it
     once: dict[Hashable, list[_Seen]] = field(default_factory=lambda: defaultdict(list))
     twice: dict[Hashable, list[_Seen]] = field(default_factory=lambda: defaultdict(list))
@@ -99,22 +110,29 @@ class _Layers:
             with unwatched():
                 call = call_of(tracer, module, args, kwargs, self.marks)
                 known = self._known(call)
-                if known is not None:
+                if known is not None and id(module) not in self.last:
                     return known.copied(call, tracer, self.marks)
         except Unusual:
             return given()
         self.inside = True
         try:
-            return self._traced(call, tracer, given)
+            output, seen = self._traced(call, tracer, given)
         finally:
             self.inside = False
+        if known is not None and (seen is None or seen.traced.text != known.text):
+            self.mistaken.append(call.path)
+        return output
 
     def _known(self, call: Call) -> Traced | None:
         around = self._around(call.layer) if self.twice[call.form] else None
         fitting = (seen.traced for seen in self.twice[call.form] if seen.fits(call, around))
         return next(fitting, None)
 
-    def _traced(self, call: Call, tracer: Any, forward: Callable[[], Any]) -> Any:
+    def _traced(
+        self, call: Call, tracer: Any, forward: Callable[[], Any]
+    ) -> tuple[Any, _Seen | None]:
+        """The call's output, and what others may be copied from."""
+        seen = None
         with unwatched():
             before, sizes = self._sees(call), size_facts(call.tensors)
         nodes, mark = len(tracer.graph.nodes), self.marks.count
@@ -132,8 +150,9 @@ class _Layers:
                 learnt = sizes != size_facts(call.tensors)  # then the next may be traced otherwise
                 with contextlib.suppress(Unusual):
                     traced = traced_of(call, made, output, tracer, marks)
-                    self._keep(_Seen(traced, reads, attributes(call.layer, reads), before[1]), learnt)
-        return output
+                    seen = _Seen(traced, reads, attributes(call.layer, reads), before[1])
+                    self._keep(seen, learnt)
+        return output, seen
 
     def _keep(self, seen: _Seen, learnt: bool) -> None:
         form = seen.traced.call.form
