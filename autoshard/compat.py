@@ -35,14 +35,14 @@
   no address, and storages do not compare.
 - ``torch._C.DispatchKey`` (torch 2.11, 2.13): which operators are written in others. Their results may
   be their operands, though their schemas say that they are not.
-- ``get_proxy_slot``, ``track_tensor_tree``, ``disable_proxy_modes_tracing`` (torch 2.13): which node
+- ``get_proxy_slot``, ``track_tensor_tree``, ``disable_proxy_modes_tracing`` (torch 2.11, 2.13): which node
   stands for a tensor that is being traced. The copy of a traced layer gives tensors of its own.
-- ``FakeTensor`` and ``in_kernel_invocation_manager`` (torch 2.13): a traced value is made from
+- ``FakeTensor`` and ``in_kernel_invocation_manager`` (torch 2.11, 2.13): a traced value is made from
   another one's sizes in 60 us; ``empty_strided`` with symbolic sizes takes 500.
-- ``ShapeEnv.guards``, ``_get_key`` and ``var_to_range`` (torch 2.13): whether tracing learnt
+- ``ShapeEnv.guards``, ``_get_key`` and ``var_to_range`` (torch 2.11, 2.13): whether tracing learnt
   anything about the sizes.
-- ``_has_any_global_hook`` (torch 2.13): hooks on all modules.
-- ``DisableTorchFunction`` (torch 2.13): tracing watches what is asked of a tensor by four modes.
+- ``_has_any_global_hook`` (torch 2.11, 2.13): hooks on all modules.
+- ``DisableTorchFunction`` (torch 2.11, 2.13): tracing watches what is asked of a tensor by four modes.
 """
 
 from __future__ import annotations
