@@ -110,6 +110,27 @@ def tied_names(model: nn.Module) -> dict[str, str]:
     return names
 
 
+def _exported(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], shapes: Any, marks: Marks
+) -> torch.export.ExportedProgram:
+    """The model traced; once more with every layer where copies failed or are not to be trusted."""
+    export = functools.partial(
+        torch.export.export,
+        model, args, kwargs, dynamic_shapes=_by_name(model, shapes), strict=False,
+    )  # fmt: skip
+    with kept(), repeated_layers_copied(model, marks) as copies:
+        try:
+            program = export()
+        except Exception:
+            if not copies.made:
+                raise
+            copies.mistaken = True
+    if copies.mistaken:
+        with kept():
+            program = export()
+    return program
+
+
 def capture(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Captured:
     """Capture ``model(*args, **kwargs)`` as one graph, every input dimension symbolic.
 
@@ -131,15 +152,7 @@ def capture(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
         around.enter_context(checkpoints_entered(marks.entered))
         hooks = around.enter_context(_hooks_noticed())
         try:
-            export = functools.partial(
-                torch.export.export,
-                model, args, kwargs, dynamic_shapes=_by_name(model, shapes), strict=False,
-            )  # fmt: skip
-            with kept(), repeated_layers_copied(model, marks) as mistaken:
-                program = export()
-            if mistaken:
-                with kept():
-                    program = export()
+            program = _exported(model, args, kwargs, shapes, marks)
         except CaptureError:
             raise
         except Exception as error:

@@ -35,13 +35,14 @@
   no address, and storages do not compare.
 - ``torch._C.DispatchKey`` (torch 2.11, 2.13): which operators are written in others. Their results may
   be their operands, though their schemas say that they are not.
-- ``get_proxy_slot``, ``track_tensor_tree``, ``disable_proxy_modes_tracing`` (torch 2.11, 2.13): which node
-  stands for a tensor that is being traced. The copy of a traced layer gives tensors of its own.
+- ``get_proxy_slot``, ``track_tensor_tree``, ``disable_proxy_modes_tracing`` (torch 2.11, 2.13): which
+  node stands for a tensor that is being traced. The copy of a traced layer gives tensors of its own.
 - ``FakeTensor`` and ``in_kernel_invocation_manager`` (torch 2.11, 2.13): a traced value is made from
   another one's sizes in 60 us; ``empty_strided`` with symbolic sizes takes 500.
 - ``ShapeEnv.guards``, ``_get_key`` and ``var_to_range`` (torch 2.11, 2.13): whether tracing learnt
   anything about the sizes.
-- ``_has_any_global_hook`` (torch 2.11, 2.13): hooks on all modules.
+- ``_has_any_global_hook`` and ``_get_current_function_mode_stack`` (torch 2.11, 2.13): hooks on all
+  modules, modes that see every call.
 - ``DisableTorchFunction`` (torch 2.11, 2.13): tracing watches what is asked of a tensor by four modes.
 """
 
@@ -67,6 +68,7 @@ from torch.distributed.tensor import DTensor, Placement
 from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 from torch.fx.experimental import proxy_tensor
 from torch.nn.modules.module import _has_any_global_hook
+from torch.overrides import _get_current_function_mode_stack
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._sympy.printers import PythonPrinter
 
@@ -515,6 +517,11 @@ MODES_ENTERED = (
     torch.amp.autocast_mode._enter_autocast,
     torch.amp.autocast_mode._exit_autocast,
 )
+
+
+def function_modes() -> tuple[int, ...]:
+    """Which modes see the functions that are called: a default device is one."""
+    return tuple(id(mode) for mode in _get_current_function_mode_stack())
 
 
 def has_global_hooks() -> bool:

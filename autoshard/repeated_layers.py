@@ -8,7 +8,9 @@ layers that were called so gave the same nodes, this one's are a copy of theirs.
 apart by means that are not compared mostly tells these two apart. The last of a kind is traced too: if
 it is not what a copy would have been, no copy is trusted, and the model is traced again without.
 
-Whatever is in doubt is traced: hooks, a second call, arguments that can be changed, writes into what
+Only layers of PyTorch and transformers are copied: code of others may keep state where nobody looks
+(attributes of tensors, functions and namespaces; helpers in other packages). Of these, whatever is in
+doubt is traced: hooks, a second call, arguments that can be changed, writes into what
 is given, attributes set, random numbers drawn in Python, tensors from elsewhere, sizes of data.
 
 What remains: a layer whose Python code finds out by other ways which layer it is (state behind a
@@ -38,21 +40,29 @@ TRACED = 2  # layers of a kind
 
 
 @contextlib.contextmanager
-def repeated_layers_copied(model: nn.Module, marks: Marks) -> Iterator[list[str]]:
-    """Inside, what traces the model traces the first layers of each kind, and the last, only.
-
-    Yields:
-        paths of layers that were traced and were not what a copy would have been: what is traced inside
-        is not to be used where there are any.
-    """
+def repeated_layers_copied(model: nn.Module, marks: Marks) -> Iterator[Copies]:
+    """Inside, what traces the model traces the first layers of each kind, and the last, only."""
     layers = {id(m): m for name, m in model.named_modules() if name and layer_of(name) == name}
     kinds = Counter(map(type, layers.values()))
     repeated = {key: m for key, m in layers.items() if kinds[type(m)] > TRACED}
     last = frozenset({type(m): key for key, m in repeated.items()}.values())
-    mistaken: list[str] = []
-    around = module_calls(_Layers(repeated, last, marks, mistaken))
+    copies = Copies()
+    around = module_calls(_Layers(repeated, last, marks, copies))
     with around if repeated else contextlib.nullcontext():
-        yield mistaken
+        yield copies
+
+
+@dataclass
+class Copies:
+    """What was copied.
+
+    Attributes:
+        made: how many layers.
+        mistaken: a layer that was traced is not what its copy would have been: none is to be used.
+    """
+
+    made: int = 0
+    mistaken: bool = False
 
 
 @dataclass(frozen=True)
@@ -94,7 +104,7 @@ class _Layers:
     layers: Mapping[int, nn.Module]
     last: Set[int]
     marks: Marks
-    mistaken: list[str]
+    copies: Copies
     inside: bool = False  # a layer that is being traced, with the layers in it
     once: dict[Hashable, list[_Seen]] = field(default_factory=lambda: defaultdict(list))
     twice: dict[Hashable, list[_Seen]] = field(default_factory=lambda: defaultdict(list))
@@ -103,7 +113,7 @@ class _Layers:
     def __call__(
         self, tracer: Any, module: nn.Module, forward: Callable[..., Any], /, *args: Any, **kwargs: Any
     ) -> Any:
-        if self.inside or id(module) not in self.layers:
+        if self.inside or id(module) not in self.layers or not self._surroundings(module).trusted:
             return forward(*args, **kwargs)
         given = functools.partial(forward, *args, **kwargs)
         try:
@@ -111,6 +121,7 @@ class _Layers:
                 call = call_of(tracer, module, args, kwargs, self.marks)
                 known = self._known(call)
                 if known is not None and id(module) not in self.last:
+                    self.copies.made += 1
                     return known.copied(call, tracer, self.marks)
         except Unusual:
             return given()
@@ -120,7 +131,7 @@ class _Layers:
         finally:
             self.inside = False
         if known is not None and (seen is None or seen.traced.text != known.text):
-            self.mistaken.append(call.path)
+            self.copies.mistaken = True
         return output
 
     def _known(self, call: Call) -> Traced | None:
@@ -165,7 +176,10 @@ class _Layers:
         return attributes(call.layer), self._around(call.layer), random_state()
 
     def _around(self, layer: nn.Module) -> Hashable:
+        return self._surroundings(layer).now()
+
+    def _surroundings(self, layer: nn.Module) -> Surroundings:
         code = code_of(layer)
         if code not in self.surroundings:
             self.surroundings[code] = Surroundings(code)
-        return self.surroundings[code].now()
+        return self.surroundings[code]

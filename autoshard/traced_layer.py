@@ -36,6 +36,7 @@ from autoshard.compat import (
     MODES_ENTERED,
     attach_node,
     constant_node,
+    function_modes,
     has_global_hooks,
     is_traced_constant,
     new_traced,
@@ -178,6 +179,7 @@ def _modes() -> Hashable:
     return (
         torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.get_default_dtype(),
         *((torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in devices),
+        function_modes(),
     )  # fmt: skip
 
 
@@ -287,8 +289,10 @@ class _Text:
         else:
             raise Unusual
         into = written(node)
-        if into is not None and self.memory[storage_key(into.meta["val"])][0] == "given":
-            raise Unusual
+        if into is not None:
+            written_to = self.memory.get(storage_key(into.meta["val"]))
+            if written_to is None or written_to[0] == "given":
+                raise Unusual
         inside = tuple(path[len(self.call.path) :] for path, _ in inner)
         args, kwargs = self._argument(node.args), self._argument(node.kwargs)
         mark = node.meta.get("custom", {}).get(CHECKPOINT)

@@ -8,6 +8,7 @@ What is out of reach: state behind a function that is looked up by a key, or in 
 from __future__ import annotations
 
 import functools
+import sys
 import types
 from collections.abc import Callable, Hashable, Iterator
 from typing import Any
@@ -16,6 +17,10 @@ from torch import nn
 
 from autoshard.visible_state import closure, frozen, of_torch
 
+# What a layer's own code may come from, to be copied: these keep no state where nobody looks. Of
+# transformers, captures with copies were compared with whole ones in 244 architectures.
+TRUSTED = {"transformers"}
+LIBRARIES = {"torch", "numpy", "builtins", "", *sys.stdlib_module_names}
 FOLLOWED = 1  # objects within a global object are compared by identity: a logger knows all loggers
 
 
@@ -25,10 +30,16 @@ class Surroundings:
     def __init__(self, code: tuple[Any, ...]) -> None:
         self._packages = {_package(one) for one in code}
         self._known: set[Any] = set()
+        self._foreign: set[str] = self._packages - TRUSTED - LIBRARIES
         self._looks: list[Callable[[], Any]] = []
         for one in code:
             for base in one.__mro__ if isinstance(one, type) else (one,):
                 self._value(base)
+
+    @property
+    def trusted(self) -> bool:
+        """Whether all functions and classes that were found come from packages known to be plain."""
+        return not self._foreign
 
     def now(self) -> Hashable:
         """The frozen values, in one order."""
@@ -72,7 +83,10 @@ class Surroundings:
     def _value(self, value: Any) -> None:
         if isinstance(value, functools.partial):
             value = value.func
-        if _package(value) not in self._packages:
+        package = _package(value)
+        if package not in self._packages:
+            if callable(value) and package not in LIBRARIES | TRUSTED:
+                self._foreign.add(package)
             return
         if isinstance(value, type):
             self._class(value)

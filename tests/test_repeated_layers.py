@@ -18,18 +18,21 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from autoshard import capture as capturing
+from autoshard import visible_globals
 from autoshard.capture import Captured, capture, skeleton
 from autoshard.compat import storage_key
+from autoshard.repeated_layers import Copies
 from autoshard.traced_layer import Traced
 
 LAYERS, HIDDEN = 6, 8
+OWN = __name__.partition(".")[0]  # the package of the layers here
 COUNTED = ("torch_fn", "seq_nr")  # PyTorch's numbers of calls, which nobody here reads
 
 
 @contextlib.contextmanager
-def all_traced(*_: Any) -> Iterator[list[str]]:
+def all_traced(*_: Any) -> Iterator[Copies]:
     """In place of what copies layers."""
-    yield []
+    yield Copies()
 
 
 @pytest.fixture
@@ -46,6 +49,7 @@ def both(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[Captured, Captu
 
         with monkeypatch.context() as patched:
             patched.setattr(Traced, "copied", counted)
+            patched.setattr(visible_globals, "TRUSTED", {*visible_globals.TRUSTED, OWN})
             fast = capture(skeleton(build()), args, kwargs)
         with monkeypatch.context() as patched:
             patched.setattr(capturing, "repeated_layers_copied", all_traced)
@@ -633,6 +637,20 @@ def test_sizes_of_data(both: Any) -> None:
         return x + x[x > 0].sum()
 
     check(both, lambda: Stack(twist), 0)
+
+
+def test_code_of_others_is_traced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Layers that are neither PyTorch's nor transformers', or that call what is not."""
+
+    def refuse(*_: Any) -> Any:
+        raise AssertionError("copied")
+
+    monkeypatch.setattr(Traced, "copied", refuse)
+    capture(skeleton(Stack()), (X,), {})
+    block = transformers.models.gpt2.modeling_gpt2.GPT2Block
+    original = block.forward
+    monkeypatch.setattr(block, "forward", lambda self, *args, **kwargs: original(self, *args, **kwargs))
+    capture(skeleton(transformers.GPT2LMHeadModel(transformers.GPT2Config(**GPT2))), (), tokens())
 
 
 PLACE = [0]
