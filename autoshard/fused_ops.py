@@ -100,22 +100,30 @@ def side_by_side(
 ) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
     """`dys` and `weights` of `dx = sum_i dy_i W_iᵀ`; as one each where that moves less memory.
 
-    In elements, with the columns of all n weights together:
-
-        one product    2 columns (tokens + in)     gradients and weights, read and written
-        n products     2 (n - 1) tokens in         dx, read and written again for each but the first
-
-    Small products wait for memory, not for arithmetic: of 8 kv heads over 8 ranks k and v have 128
-    columns each. dys: [tokens, out_i]. Weights [in, out_i] are left alone, as pieces of their gradient
+    dys: [tokens, out_i]. Weights [in, out_i] are left alone, as pieces of their gradient
     would not be contiguous; and what is compiled, as its sizes may be symbols.
     """
     if transposed or len(dys) < 2 or torch.compiler.is_compiling():
         return dys, weights
     tokens, size = dys[0].shape[0], weights[0].shape[1]
     columns = sum(weight.shape[0] for weight in weights)
-    if columns * (tokens + size) >= (len(dys) - 1) * tokens * size:
+    if not one_moves_less(len(dys), columns, tokens, size):
         return dys, weights
     return [torch.cat(tuple(dys), 1)], [torch.cat(tuple(weights))]
+
+
+def one_moves_less(count: int, columns: Any, tokens: Any, size: Any) -> Any:
+    """Whether one product of all the columns of so many weights moves less memory than one for each.
+
+    In elements, with the columns of all n weights together:
+
+        one product    2 columns (tokens + in)     gradients and weights, read and written
+        n products     2 (n - 1) tokens in         dx, read and written again for each but the first
+
+    Small products wait for memory, not for arithmetic: of 8 kv heads over 8 ranks k and v have 128
+    columns each. Sizes are numbers, or expressions of sympy: then a condition on them.
+    """
+    return columns * (tokens + size) < (count - 1) * tokens * size
 
 
 def _input_gradient(dys: Sequence[Tensor], weights: Sequence[Tensor], transposed: bool) -> Tensor:

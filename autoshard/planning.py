@@ -6,7 +6,7 @@ the graph, on a machine, at a batch and a sequence.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -17,15 +17,17 @@ from torch.utils import _pytree as pytree
 
 from autoshard.analysis import Analysis
 from autoshard.assignment import Assignment
+from autoshard.cost_model.formulas import as_one, one_by_one, seconds
 from autoshard.cost_model.hardware import Hardware, at_hand, load
 from autoshard.cost_model.model import OPTIMIZERS, CostModel, Setting
 from autoshard.cost_model.search import NoFit
-from autoshard.cost_model.work import B, S, Unit
+from autoshard.cost_model.work import B, S, SideBySide, Unit, Workload, one_after_other
 from autoshard.errors import PlanError
 from autoshard.inputs import Inputs
 from autoshard.passes.assign_degrees import Request, assign_degrees
 from autoshard.passes.workload import input_sizes, workload
 from autoshard.plans import Plan, Predicted
+from autoshard.tables import folded
 
 BATCH, SEQUENCE = 8, 1024  # planned for where nothing says otherwise
 
@@ -109,14 +111,22 @@ def _longest(model: nn.Module) -> int:
 class Costs:
     """The cost model of an analysed graph, made when it is first asked."""
 
-    def __init__(self, analysis: Analysis, tp: int, setting: Setting, target: Target) -> None:
+    def __init__(
+        self,
+        analysis: Analysis,
+        tp: int,
+        setting: Setting,
+        target: Target,
+        change: Callable[[Workload], Workload] = lambda work: work,
+    ) -> None:
         self.analysis, self.tp, self.setting, self.target = analysis, tp, setting, target
+        self._change = change
 
     @cached_property
     def model(self) -> CostModel:
         """The workload on the machine."""
         self._check_sizes()
-        return CostModel(workload(self.analysis, self.tp), self.setting, self.tp)
+        return CostModel(self._change(workload(self.analysis, self.tp)), self.setting, self.tp)
 
     def _check_sizes(self) -> None:
         """A size that the capture fixed cannot be planned for another."""
@@ -169,20 +179,43 @@ class Costs:
 
     def apart(self) -> Costs:
         """The same where no all-reduce runs under products."""
-        hardware = self.setting.hardware
-        if not hardware.overlap:
-            return self
-        setting = replace(self.setting, hardware=replace(hardware, overlap=0.0))
-        return Costs(self.analysis, self.tp, setting, self.target)
+        return Costs(self.analysis, self.tp, self.setting, self.target, one_after_other)
 
     def overlap(self, degrees: Mapping[str, int]) -> tuple[bool, str]:
         """Whether all-reduces under the weights' gradients are predicted to win, and by how much."""
-        apart = CostModel(self.model.workload, self.apart().setting, self.tp)
+        apart = CostModel(one_after_other(self.model.workload), self.setting, self.tp)
         beside, alone = (model.predict(degrees).step_time for model in (self.model, apart))
         times = f"{_time(beside)} a step, {_time(alone)} one after the other"
         if beside < alone:
             return True, times
         return False, f"predicted to win nothing on {self.setting.hardware.name}: {times}"
+
+    def mechanisms(self, degrees: Mapping[str, int]) -> tuple[str, ...]:
+        """What runs as one where the model has several: products side by side, sums that are added."""
+        names: dict[tuple[float, float], list[str]] = {}
+        sums: dict[str, set[int]] = {}
+        for unit in self.model.workload.units:
+            degree = degrees[unit.name]
+            for item in unit.work[degree].backward.items:
+                if isinstance(item, SideBySide):
+                    one, each, taken = (
+                        self.model.evaluate(formula(item), degree)
+                        for formula in (as_one, one_by_one, seconds)
+                    )
+                    if taken == one:
+                        names.setdefault((one, each), []).append(unit.name)
+            for (value, own), shared in unit.shared.items():
+                if not shared.backward and own == degree:
+                    sums.setdefault(value, set()).add(degree)
+        lines = [
+            f"gradients of the weights of one input are one product in {', '.join(folded(found))}: "
+            f"{_time(one)}, {_time(each)} one by one"
+            for (one, each), found in names.items()
+        ]
+        joined = sum(len(degrees) == 1 for degrees in sums.values())
+        if joined:
+            lines.append(f"results that are added are summed over the ranks once, at {joined} additions")
+        return tuple(lines)
 
     def _no_fit(self, miss: NoFit) -> str:
         rest, limit = self.model.rest.memory_per_rank, self.setting.memory

@@ -42,6 +42,9 @@ class Predicted:
 class Costs(Protocol):
     """What a plan knows of time and memory."""
 
+    def mechanisms(self, degrees: Mapping[str, int]) -> tuple[str, ...]:
+        """What runs as one where the model has several, a line each."""
+
     def predict(self, degrees: Mapping[str, int]) -> Predicted:
         """One step on one rank."""
 
@@ -186,6 +189,11 @@ class Plan:
             PlanError: no such region, or a plan read from a file.
         """
         return self.costs.formula(self.region(name).name)
+
+    @property
+    def has_costs(self) -> bool:
+        """Whether it has met its model: one read from a file has not."""
+        return self._costs is not None
 
     @property
     def costs(self) -> Costs:

@@ -151,7 +151,10 @@ def _overlap(plan: Plan) -> str:
         return ""
     how = "under the weights' gradients" if plan.overlap else "before the weights' gradients"
     why = f" ({plan.overlap_reason})" if plan.overlap_reason else ""
-    return f"\ninput gradients are summed {how}{why}"
+    lines = [f"input gradients are summed {how}{why}"]
+    if plan.has_costs:
+        lines += plan.costs.mechanisms(plan.degrees)
+    return "".join(f"\n{line}" for line in lines)
 
 
 def _all_reduces(region: Region) -> tuple[str, str]:

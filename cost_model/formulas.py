@@ -7,6 +7,8 @@
     all-reduce   latency log2(d) + 2 (d-1)/d bytes / bus          (ring; Megatron's f and g)
     all-gather   latency log2(d) + (d-1)/d bytes / bus
     beside products of t seconds, a collective of c:   c - overlap min(c, t)
+    n weights of one input, gradients:   2 n products, and the input's read again for all but the first;
+        where that moves less memory, 2 products of all columns, and the columns laid side by side
 
 The host's time is what Python and the launches take. Kernels run behind it, so a phase of a region
 takes the longer of the two: ``Max(device, host)``.
@@ -16,12 +18,25 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any, TypeAlias
 
 import sympy
 
 from autoshard.cost_model.hardware import Hardware
-from autoshard.cost_model.work import Attention, Collective, Item, Phase, Product, Traffic, total
+from autoshard.cost_model.work import (
+    Attention,
+    Collective,
+    Item,
+    Phase,
+    Product,
+    SideBySide,
+    Size,
+    Traffic,
+    Without,
+    total,
+)  # fmt: skip
+from autoshard.fused_ops import one_moves_less
 
 Expr: TypeAlias = Any
 
@@ -38,6 +53,8 @@ COMPUTE, MEMORY, COMMUNICATION = "compute", "memory traffic", "communication"
 
 def kind_of(item: Item) -> str:
     """What an item's time counts as."""
+    if isinstance(item, Without):
+        return kind_of(item.item)
     if isinstance(item, Collective):
         return COMMUNICATION
     return MEMORY if isinstance(item, Traffic) else COMPUTE
@@ -64,6 +81,35 @@ def seconds(item: Item) -> Expr:
             hops = sympy.log(degree) / sympy.log(2)
             own = LATENCY * hops + ways * (degree - 1) * size / (degree * BUS)
             return own - OVERLAP * sympy.Min(own, device(under)) if under else own
+        case SideBySide():
+            return sympy.Piecewise((as_one(item), moves_less(item)), (one_by_one(item), True))
+        case Without(other):
+            return -seconds(other)
+
+
+def moves_less(item: SideBySide) -> Any:
+    """Whether the products run as one each: a condition on sizes."""
+    first = item.of_input[0]
+    return one_moves_less(len(item.of_input), _columns(item), first.m, first.n)
+
+
+def one_by_one(item: SideBySide) -> Expr:
+    """Seconds of a product for each weight; the sum is read again by all but the first."""
+    first = item.of_input[0]
+    again = (len(item.of_input) - 1) * BYTES.get(first.dtype, 4) * first.m * first.n
+    return device((*item.of_input, *item.of_weights)) + again / BANDWIDTH
+
+
+def as_one(item: SideBySide) -> Expr:
+    """Seconds of one product of all columns, whose gradients and weights are laid side by side."""
+    first, columns = item.of_input[0], _columns(item)
+    laid = 2 * BYTES.get(first.dtype, 4) * columns * (first.m + first.n)
+    products = (replace(first, k=columns), replace(item.of_weights[0], n=columns))
+    return device(products) + laid / BANDWIDTH + 2 * KERNEL
+
+
+def _columns(item: SideBySide) -> Size:
+    return total(product.k for product in item.of_input)
 
 
 def device(items: Iterable[Item]) -> Expr:

@@ -65,7 +65,7 @@ class Hardware:
             process has no collectives, and no parameters that are DTensors).
         links: levels of the network, from the inside out.
         overlap: how much of the shorter one is hidden where a product and an all-reduce of the group
-            run side by side, 0 to 1.
+            run side by side, at most 1; below 0 where they disturb each other.
         source: where the numbers come from; date, versions and fit_error of a measured profile.
     """
 
@@ -206,7 +206,7 @@ def _read(path: Path) -> Hardware:
         ),
         tile=(int(positive("tile", tile[0])), int(positive("tile", tile[1]))),
         processors=int(positive("processors", processors)),
-        overlap=min(1.0, number("overlap", document.get("overlap", 0.0))),
+        overlap=min(1.0, number("overlap", document.get("overlap", 0.0), -math.inf)),
         source=str(document.get("source", "")),
         date=str(document.get("date", "")),
         versions=dict(document.get("versions", {})),

@@ -6,6 +6,7 @@ One step is a forward and a backward pass on one rank. Formulas are sympy expres
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -117,7 +118,8 @@ class CostModel:
         cases: list[tuple[Expr, list[int]]] = []
         for degree in unit.work:
             found = self._seconds(unit.work[degree])
-            found += sum((formulas.seconds(c) for (_, d), c in unit.entering.items() if d == degree), 0)
+            shared = (s.collective for (_, d), s in unit.shared.items() if d == degree)
+            found += sum((formulas.seconds(c) for c in shared), 0)
             same = next((c for c in cases if c[0] == found), None)
             if same is None:
                 cases.append((found, [degree]))
@@ -162,15 +164,19 @@ class CostModel:
 
     @cached_property
     def hubs(self) -> list[Hub]:
-        """Values that regions of several ties share."""
+        """What regions of several ties share: values that enter them, sums of their results."""
         users: dict[str, set[int]] = {}
-        seconds: dict[str, dict[int, float]] = {}
+        costs: dict[str, dict[int, float]] = {}
         for unit in self.workload.units:
-            for (value, degree), collective in unit.entering.items():
+            for (value, degree), one in unit.shared.items():
                 users.setdefault(value, set()).add(unit.tie)
-                items = Phase((collective,), (("collective", 1),))
-                seconds.setdefault(value, {})[degree] = self._phase(items, True, degree)[0]
-        return [Hub(frozenset(users[v]), seconds[v]) for v in users]
+                items = Phase((one.collective,), (("collective", 1),))
+                costs.setdefault(value, {})[degree] = self._phase(items, one.backward, degree)[0]
+        # Of the same regions: paid together, so the search settles one.
+        hubs: dict[frozenset[int], Counter[int]] = {}
+        for value, ties in users.items():
+            hubs.setdefault(frozenset(ties), Counter()).update(costs[value])
+        return [Hub(ties, dict(seconds)) for ties, seconds in hubs.items()]
 
     # -- numbers -------------------------------------------------------------------------------
 

@@ -189,7 +189,8 @@ def work_of(op: Operator, reduced: str = "") -> Work:
     elif reduced:
         forward.append(Collective("all_reduce", op.bytes, D))
         hosts[0]["collective"] += 1
-        if any(_is_bias(op, o) for o in op.operands):  # added once, after the all-reduce
+        # The bias is added once: in the first rank's product, or after the all-reduce.
+        if not by_weight(op) and any(_is_bias(op, o) for o in op.operands):
             forward.append(Traffic(2 * op.bytes))
             hosts[0]["kernel"] += 1
             hosts[1]["kernel"] += 1
@@ -257,15 +258,19 @@ def _products(op: Operator) -> tuple[list[Item], list[Item]]:
     return [Product(batch, m, n, k, op.dtype)], backward
 
 
-def weight_gradient(op: Operator) -> Product | None:
-    """The product that gives the gradient of the weight that the call multiplies by; None without."""
-    if op.name not in BY_WEIGHT or not (op.product and op.flows and op.parameters):
-        return None
+def by_weight(op: Operator) -> bool:
+    """Whether it is a product by a parameter, of the kind that is fused with a collective."""
+    return bool(op.name in BY_WEIGHT and op.product and op.parameters)
+
+
+def gradient_products(op: Operator) -> tuple[Product | None, Product | None]:
+    """The products that give the gradients of the input and of the weight that it is multiplied by."""
     factors = [o for o in op.operands if not _is_bias(op, o)]
-    if len(factors) != 2 or not factors[1].flows:
-        return None
-    found = _products(op)[1][int(factors[0].flows)]
-    return found if isinstance(found, Product) else None
+    if not (by_weight(op) and op.flows) or len(factors) != 2:
+        return None, None
+    found = iter(item for item in _products(op)[1] if isinstance(item, Product))
+    of_input, of_weight = (next(found) if factor.flows else None for factor in factors)
+    return of_input, of_weight
 
 
 def _attention(op: Operator) -> tuple[list[Item], list[Item]]:

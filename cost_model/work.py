@@ -6,7 +6,7 @@ Sizes are ints or sympy expressions in the batch ``B``, the sequence ``S`` and t
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
 import sympy
@@ -68,7 +68,7 @@ class Traffic:
 class Collective:
     """``all_reduce`` or ``all_gather`` of a tensor of so many bytes (whole) over ``degree`` ranks.
 
-    under: products that it can run beside: of an input's gradient, those of the weights' gradients.
+    under: products that it runs beside: of an input's gradient, those of the weights' gradients.
     """
 
     kind: str
@@ -77,7 +77,28 @@ class Collective:
     under: tuple[Product, ...] = ()
 
 
-Item: TypeAlias = Product | Attention | Traffic | Collective
+@dataclass(frozen=True)
+class SideBySide:
+    """The gradients of several weights that one input is multiplied by, and of the input.
+
+    One product each where that moves less memory (``fused_ops.one_moves_less``), else one for each
+    weight. Attributes:
+        of_input: the products whose sum is the gradient of the input, one for each weight.
+        of_weights: the products that give the gradients of the weights.
+    """
+
+    of_input: tuple[Product, ...]
+    of_weights: tuple[Product, ...]
+
+
+@dataclass(frozen=True)
+class Without:
+    """Work that an operator counts by itself, and that is not done where it runs with others."""
+
+    item: Product | Traffic
+
+
+Item: TypeAlias = Product | Attention | Traffic | Collective | SideBySide | Without
 
 
 @dataclass(frozen=True)
@@ -86,6 +107,14 @@ class Phase:
 
     items: tuple[Item, ...] = ()
     host: tuple[tuple[str, int], ...] = ()
+
+
+@dataclass(frozen=True)
+class Shared:
+    """An all-reduce that several regions have together, and whether it is one of the backward."""
+
+    collective: Collective
+    backward: bool
 
 
 @dataclass(frozen=True)
@@ -116,14 +145,14 @@ class Unit:
         name: the region's name.
         tie: regions with the same number (from 0 on) have one degree.
         work: degree -> work; sizes hold ``B`` and ``S``, and ``d`` for the degree.
-        entering: values that enter by a ``copy`` which other regions of the same degree share:
-            (value's name, degree) -> the all-reduce of its gradient. Not part of ``work``.
+        shared: what other regions of the same degree share, (value's name, degree) -> its all-reduce:
+            forward of a value that is a sum of results, backward of one that enters. Not in ``work``.
     """
 
     name: str
     tie: int
     work: dict[int, Work] = field(hash=False)
-    entering: dict[tuple[str, int], Collective] = field(default_factory=dict, hash=False)
+    shared: dict[tuple[str, int], Shared] = field(default_factory=dict, hash=False)
 
 
 @dataclass(frozen=True)
@@ -141,6 +170,34 @@ class Workload:
     rest: tuple[Work, ...]
     boundaries: Size = 0
     layers: int = 0
+
+
+def one_after_other(workload: Workload) -> Workload:
+    """The same where no sum runs under products: a copy is summed first, each weight for itself."""
+    done: dict[int, Work] = {}
+
+    def alone(work: Work) -> Work:
+        if id(work) not in done:
+            items: list[Item] = []
+            for item in work.backward.items:
+                if isinstance(item, Collective) and item.under:
+                    items += [replace(item, under=()), Traffic(2 * item.bytes)]
+                elif not isinstance(item, (SideBySide, Without)):
+                    items.append(item)
+            done[id(work)] = replace(work, backward=replace(work.backward, items=tuple(items)))
+        return done[id(work)]
+
+    def shared(one: Shared) -> Shared:
+        return replace(one, collective=replace(one.collective, under=()))
+
+    units = tuple(
+        replace(
+            unit, work={d: alone(work) for d, work in unit.work.items()},
+            shared={key: shared(one) for key, one in unit.shared.items()},
+        )
+        for unit in workload.units
+    )  # fmt: skip
+    return replace(workload, units=units)
 
 
 def again(forward: Phase) -> Phase:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import operator
 from collections import Counter, defaultdict
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from functools import cached_property, lru_cache
 from typing import Any, TypeAlias
 
@@ -25,12 +25,13 @@ from autoshard.cost_model.operators import (
     Operand,
     Operator,
     Term,
+    by_weight,
     detail_of,
+    gradient_products,
     keeps,
     numel,
     phase,
     shows_operand,
-    weight_gradient,
     work_of,
 )  # fmt: skip
 from autoshard.cost_model.work import (
@@ -39,14 +40,17 @@ from autoshard.cost_model.work import (
     D,
     Item,
     S,
+    Shared,
+    SideBySide,
     Size,
     Traffic,
     Unit,
+    Without,
     Work,
     Workload,
     total,
 )  # fmt: skip
-from autoshard.flow import flow, owners
+from autoshard.flow import SUM, flow, owners
 from autoshard.paths import layer_of, module_path
 from autoshard.rules import Call
 from autoshard.rules.call import op_name, size_of
@@ -92,8 +96,8 @@ class _Builder:
             for index, region in enumerate(candidate.regions):
                 place = tie, index
                 work = {d: self._work(nodes[place], d, place) for d in candidate.degrees(self.tp)}
-                entering = {key: c for key, (c, users) in self.shared.items() if tie in users}
-                units.append(Unit(region.name, tie, work, entering))
+                shared = {key: one for key, (one, users) in self.shared.items() if tie in users}
+                units.append(Unit(region.name, tie, work, shared))
         rest = tuple(self._work(nodes[inside], 1, inside) for inside in (True, False))
         return Workload(tuple(units), rest, self._boundaries(), len(layers))
 
@@ -105,33 +109,89 @@ class _Builder:
         return owners(self.analysis.candidates, self.flows.values())
 
     @cached_property
-    def shared(self) -> dict[tuple[str, int], tuple[Collective, set[int]]]:
-        """Values that enter regions of several candidates by one ``copy``."""
+    def shared(self) -> dict[tuple[str, int], tuple[Shared, set[int]]]:
+        """What regions of several candidates have together, one all-reduce for all of them.
+
+        Backward of a value that enters them by one ``copy``, forward of the sum of their results.
+        """
         shared = {}
         for d, found in self.flows.items():
             for (value, degree), calls in found.copied.items():
-                users = {self.owner[c][0] for c in calls if c in self.owner}
+                users = self._ties(calls)
                 if degree == d and len(users) > 1:
-                    shared[value.name, d] = self._entering(value, calls), users
+                    one = Shared(self._entering(value, calls), True)
+                    shared[value.name, d] = one, users
+            for value, calls in self.joined[d].items():
+                one = Shared(Collective("all_reduce", self._bytes(value), D), False)
+                shared[f"sum {value.name}", d] = one, self._ties(calls)
         return shared
 
+    def _ties(self, calls: Collection[fx.Node]) -> set[int]:
+        """The candidates that calls belong to."""
+        return {self.owner[c][0] for c in calls if c in self.owner}
+
     @cached_property
-    def copies(self) -> dict[int, dict[fx.Node, list[Collective]]]:
-        """By degree and first call: all-reduces of the values that enter one candidate alone."""
-        copies: dict[int, dict[fx.Node, list[Collective]]] = {}
+    def entering(self) -> dict[int, dict[fx.Node, list[Item]]]:
+        """By degree and first call: what values that enter one candidate alone take in the backward."""
+        entering: dict[int, dict[fx.Node, list[Item]]] = {}
         for d, found in self.flows.items():
-            copies[d] = defaultdict(list)
+            entering[d] = defaultdict(list)
             for (value, degree), calls in found.copied.items():
                 if degree == d and (value.name, d) not in self.shared:
-                    copies[d][calls[0]].append(self._entering(value, calls))
-        return copies
+                    own = self._entering(value, calls)
+                    # The copy that is summed; a sum that runs under products needs none.
+                    others = self._together(value, calls) if own.under else [Traffic(2 * own.bytes)]
+                    entering[d][calls[0]] += [own, *others]
+        return entering
 
     def _entering(self, value: fx.Node, calls: list[fx.Node]) -> Collective:
         """The all-reduce of a value's gradient; under the weights' where only matmuls use the copy."""
-        found = [weight_gradient(self.operators[c]) if c in self.operators else None for c in calls]
-        under = tuple(p for p in found if p is not None)
+        known = [self.operators[c] for c in calls if c in self.operators]
+        under = tuple(w for _, w in map(gradient_products, known) if w is not None)
         under = under if len(under) == len(calls) else ()
         return Collective("all_reduce", self._bytes(value), D, under)
+
+    def _together(self, value: fx.Node, calls: list[fx.Node]) -> list[Item]:
+        """What the gradients of several weights that a value is multiplied by take in one call.
+
+        Each adds its product to the sum, where autograd adds what each gives; [in, out] stay apart.
+        """
+        if len(calls) == 1:
+            return []
+        added = self.operators.get(value)
+        adds = [Without(Traffic(3 * added.bytes))] * (len(calls) - 1) if added and added.flows else []
+        pairs = [gradient_products(self.operators[c]) for c in calls]
+        of_input = tuple(x for x, _ in pairs if x is not None)
+        of_weights = tuple(w for _, w in pairs if w is not None)
+        if any(self.operators[c].name != "linear" for c in calls) or len(of_input) != len(calls):
+            return [*adds]
+        return [*adds, SideBySide(of_input, of_weights), *map(Without, of_input + of_weights)]
+
+    @cached_property
+    def joined(self) -> dict[int, dict[fx.Node, list[fx.Node]]]:
+        """By degree and addition: products whose sums over the ranks are one, as they are added up."""
+        return {d: self._joined(found.reduced) for d, found in self.flows.items()}
+
+    def _joined(self, reduced: Mapping[fx.Node, str]) -> dict[fx.Node, list[fx.Node]]:
+        """As ``passes/fuse.py``: additions of two, the second no sum itself, used by nothing else."""
+        products = {
+            node: [node] for node, why in reduced.items()
+            if why == SUM and node in self.operators and by_weight(self.operators[node])
+        }  # fmt: skip
+        found: dict[fx.Node, list[fx.Node]] = {}
+        for node in self.analysis.graph.nodes:
+            read = node.all_input_nodes
+            if node.target is not torch.ops.aten.add.Tensor or node.kwargs or len(read) != 2:
+                continue
+            first, second = read
+            ones = products.get(first, []), products.get(second, [])
+            layouts = {self.operators[call].name == "linear" for own in ones for call in own}
+            alone = len(first.users) == len(second.users) == len(layouts) == 1
+            if all(ones) and len(ones[1]) == 1 and alone:
+                products[node] = ones[0] + ones[1]
+                found.pop(first, None)
+                found[node] = products[node]
+        return found
 
     @cached_property
     def parameters(self) -> dict[Owner, list[fx.Node]]:
@@ -229,10 +289,13 @@ class _Builder:
         in_layer = owner if isinstance(owner, bool) else any(
             layer_of(module_path(node)) is not None for node in nodes
         )  # fmt: skip
-        reduced = self.flows[degree].reduced
+        reduced = dict(self.flows[degree].reduced)
+        for products in self.joined[degree].values():
+            for node in products:
+                del reduced[node]
         calls = tuple((op, reduced.get(node, "")) for node, op in nodes.items())
-        copies = tuple(c for node in nodes for c in self.copies[degree].get(node, ()))
-        key = calls, copies, self._elements(owner, degree), in_layer
+        entering = tuple(i for node in nodes for i in self.entering[degree].get(node, ()))
+        key = calls, entering, self._elements(owner, degree), in_layer
         if key not in self.known:
             self.known[key] = _sum(*key)
         return self.known[key]
@@ -274,7 +337,7 @@ class _Builder:
 
 
 def _sum(
-    calls: tuple[tuple[Operator, str], ...], copies: tuple[Collective, ...],
+    calls: tuple[tuple[Operator, str], ...], entering: tuple[Item, ...],
     parameters: tuple[tuple[int, int], ...], in_layer: bool,
 ) -> Work:  # fmt: skip
     works = [work_of(op, reduced) for op, reduced in calls]
@@ -284,10 +347,9 @@ def _sum(
     for work in works:
         hosts[0].update(dict(work.forward.host))
         hosts[1].update(dict(work.backward.host))
-    for copy in copies:
-        # The copy that is summed: one too many where the sum runs under products, in its own memory.
-        backward += [copy, Traffic(2 * copy.bytes)]
-        hosts[1]["collective"] += 1
+    backward += entering
+    hosts[1]["collective"] += sum(isinstance(item, Collective) for item in entering)
+    hosts[1]["kernel"] -= sum(isinstance(i, Without) and isinstance(i.item, Traffic) for i in entering)
     return Work(
         phase(forward, hosts[0]), phase(backward, hosts[1]), total(w.saved for w in works),
         total(w.gradients for w in works), parameters, in_layer,
