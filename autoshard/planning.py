@@ -214,7 +214,7 @@ class Costs:
         ]
         joined = sum(len(degrees) == 1 for degrees in sums.values())
         if joined:
-            lines.append(f"results that are added are summed over the ranks once, at {joined} additions")
+            lines.append(f"results that are added are summed over the ranks once, {joined} times")
         return tuple(lines)
 
     def _no_fit(self, miss: NoFit) -> str:
