@@ -121,7 +121,8 @@ def parallelize(
         )
     _check_plan(made, tp, strict)
     _check_ranks(plan_hash(made, sharded), device_mesh)
-    ranks = Mesh(device_mesh, tuple(made.degrees.values()), device=device)
+    lanes = _lanes(made, costs, model)
+    ranks = Mesh(device_mesh, tuple(made.degrees.values()), device=device, lanes=lanes)
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     agree({n: t for n, t in tensors.items() if not t.is_meta}, ranks)
     return ParallelModule(
@@ -197,6 +198,17 @@ def _costs(
 ) -> Costs:
     setting = setting_of(target, model, example, given is not None)
     return Costs(program.analysis, tp, setting, target)
+
+
+def _lanes(plan: Plan, costs: Costs, model: nn.Module) -> dict[int, list[tuple[int, int]]]:
+    """`Mesh`'s, where sums run under products and the GPU at hand is of the size planned for."""
+    hardware = costs.setting.hardware
+    if not plan.overlap or not hardware.lanes or not torch.cuda.is_available():
+        return {}
+    if torch.cuda.get_device_properties().multi_processor_count != hardware.multiprocessors:
+        return {}
+    largest = max(model.parameters(), key=lambda p: p.numel())
+    return costs.lanes(str(largest.dtype).removeprefix("torch."))
 
 
 def _request(model: nn.Module, tp: int, degree: str | int, plan: Plan | None) -> Request:

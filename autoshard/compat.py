@@ -18,6 +18,8 @@
   whether a graph is kept for another backward pass, whether somebody hooked what autograd keeps.
 - ``ProcessGroup.allreduce`` and ``AllreduceOptions`` (torch 2.11, 2.13): ``dist.all_reduce`` writes a
   log and checks, 10 us a collective.
+- ``_set_sm_carveout_experimental`` and cuBLAS's ``cublasSetSmCountTarget``, by ctypes (torch 2.11): how
+  many multiprocessors matmuls leave alone. The first alone reaches, in 2.11, only those with a bias.
 - ``_cuda_getCurrentStream`` (torch 2.11): ``event.record()`` makes a Stream each time.
 - ``_get_default_store`` (torch 2.13): the key-value store by which the ranks found each other. Another
   one would need a port of its own.
@@ -49,6 +51,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
 import types
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -407,6 +410,26 @@ def all_reduce(x: Tensor, op: str, group: dist.ProcessGroup) -> None:
 def start_all_reduce(x: Tensor, group: dist.ProcessGroup) -> dist.Work:
     """``dist.all_reduce(x, group=group, async_op=True)``, in the same way."""
     return group.allreduce([x], _SUM[True])
+
+
+def leave_multiprocessors(count: int, of: int) -> None:
+    """Matmuls that this thread enqueues from now on leave so many of a GPU's `of` multiprocessors."""
+    torch._C._set_sm_carveout_experimental(count or None)
+    target = _sm_count_target()
+    if target is not None:
+        target(torch.cuda.current_blas_handle(), of - count if count else 0)
+
+
+@functools.cache
+def _sm_count_target() -> Callable[[int, int], int] | None:
+    """``cublasSetSmCountTarget(handle, count)`` of the cuBLAS that PyTorch has loaded; 0: all."""
+    try:
+        library = ctypes.PyDLL(f"libcublas.so.{(torch.version.cuda or '').partition('.')[0]}")
+        found = library.cublasSetSmCountTarget
+    except (OSError, AttributeError):
+        return None
+    found.argtypes, found.restype = [ctypes.c_void_p, ctypes.c_int], ctypes.c_int
+    return cast(Callable[[int, int], int], found)
 
 
 def record(event: torch.cuda.Event, device: int) -> None:

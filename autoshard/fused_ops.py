@@ -14,14 +14,15 @@ one, of gradients and weights laid side by side, if that moves less memory (`sid
 
 Both take a weight as `F.linear` does, [out, in], or transposed, [in, out], as `addmm` does. Under
 autocast they are the calls that they replace, which PyTorch casts one by one. Under torch.compile the
-bias is added after the sum, in the kernel of what comes next.
+bias is added after the sum, in the kernel of what comes next; and the products that leave a sum its
+multiprocessors (`groups.Lane`) are one operator with it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import reduce
-from typing import Any, cast
+from typing import Any, TypeGuard, cast
 
 import torch
 import torch.nn.functional as F
@@ -29,7 +30,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from autoshard import ops
-from autoshard.groups import Group
+from autoshard.groups import Group, ProcessGroupComm, numbered
 
 
 def column_linear(
@@ -73,26 +74,86 @@ def column_gradients(
     rows = [None if dy is None else _rows(dy) for dy in dys]
     there = [place for place, dy in enumerate(rows) if dy is not None]
     used = [dy for dy in rows if dy is not None]
-    beside: Sequence[Tensor] = used
+    wide = None if x is None else _rows(x)
+    own = None if weights is None else [weights[place] for place in there]
+    trained = [x is not None and of_weights[place] for place in there]
     running: Callable[[], Tensor] | None = None
-    if weights is not None and used:
-        beside, together = side_by_side(used, [weights[place] for place in there], transposed)
-        running = group.start_all_reduce(_input_gradient(beside, together, transposed).view(shape))
-        del together
+    if torch.compiler.is_compiling() and own and any(trained) and _has_lanes(group):
+        dx, *of_used = column_products(wide, used, own, trained, transposed, group.number)
+        running = lambda: dx  # noqa: E731
+    else:
+        running, of_used = _begun(wide, used, own, trained, transposed, group)
     found: list[Tensor | None] = [None] * len(rows)
-    trained = [place for place in there if of_weights[place]]
-    if x is not None and trained == there and len(beside) < len(used):
-        pieces = _of_weight(_rows(x), beside[0], transposed).split([dy.shape[1] for dy in used])
-        found = [dict(zip(there, pieces, strict=True)).get(place) for place in range(len(rows))]
-    elif x is not None:
-        wide = _rows(x)
-        for place in trained:
-            found[place] = _of_weight(wide, cast(Tensor, rows[place]), transposed)
+    asked = [place for place, train in zip(there, trained, strict=True) if train]
+    for place, gradient in zip(asked, of_used, strict=True):
+        found[place] = gradient
     sums = [
         dy.sum(0) if asked and dy is not None else None
         for dy, asked in zip(rows, of_biases, strict=True)
     ]
-    return None if running is None else running(), *found, *sums
+    return None if running is None else running().view(shape), *found, *sums
+
+
+def _begun(
+    x: Tensor | None,
+    dys: Sequence[Tensor],
+    weights: Sequence[Tensor] | None,
+    trained: Sequence[bool],
+    transposed: bool,
+    group: Group,
+    joined: bool = True,
+) -> tuple[Callable[[], Tensor] | None, Sequence[Tensor]]:
+    """The sum of the input's gradient, begun, and the gradients of the weights that are `trained`.
+
+    x: [tokens, in]; dys: [tokens, out_i]. weights: None where the input's gradient is not asked.
+    joined: products may run side by side; the gradients may be views of one tensor then.
+    """
+    beside, together = dys, weights
+    running: Callable[[], Tensor] | None = None
+    if together and dys:
+        if joined:
+            beside, together = side_by_side(dys, together, transposed)
+        columns = sum(dy.shape[1] for dy, train in zip(dys, trained, strict=True) if train)
+        running = group.start_all_reduce(_input_gradient(beside, together, transposed), columns)
+        del together
+    if x is None:
+        return running, ()
+    if all(trained) and len(beside) < len(dys):
+        return running, _of_weight(x, beside[0], transposed).split([dy.shape[1] for dy in dys])
+    return running, [
+        _of_weight(x, dy, transposed) for dy, train in zip(dys, trained, strict=True) if train
+    ]
+
+
+def _has_lanes(group: Group) -> TypeGuard[ProcessGroupComm]:
+    return isinstance(group, ProcessGroupComm) and bool(group.lanes)
+
+
+@torch.library.custom_op("autoshard::column_products", mutates_args=())
+def column_products(
+    x: Tensor | None,
+    dys: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    trained: Sequence[bool],
+    transposed: bool,
+    number: int,
+) -> list[Tensor]:
+    """`_begun` and its end as one operator, which a compiler keeps as it is: what the products leave to
+    the sum is said in between. number: of the group."""
+    group = numbered(number)
+    running, found = _begun(x, dys, weights, trained, transposed, group, joined=False)
+    assert running is not None
+    return [running(), *found]
+
+
+@column_products.register_fake
+def _(
+    x: Tensor | None, dys: Sequence[Tensor], weights: Sequence[Tensor], trained: Sequence[bool],
+    transposed: bool, number: int,
+) -> list[Tensor]:  # fmt: skip
+    size = weights[0].shape[0 if transposed else 1]
+    own = [weight for weight, train in zip(weights, trained, strict=True) if train]
+    return [dys[0].new_empty(dys[0].shape[0], size), *(w.new_empty(w.shape) for w in own)]
 
 
 def side_by_side(

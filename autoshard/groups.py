@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, Literal, Protocol, TypeVar, cast
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple, Protocol, TypeVar, cast
+from weakref import WeakValueDictionary
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from autoshard import failures, pending
-from autoshard.compat import all_reduce, start_all_reduce
+from autoshard.compat import all_reduce, leave_multiprocessors, start_all_reduce
 from autoshard.random_streams import RandomStream
 
 ReduceOp = Literal["sum", "max"]
@@ -19,6 +21,15 @@ T = TypeVar("T")
 _functional = torch.ops._c10d_functional
 # torch 2.13 gave all_gather_into_tensor this name.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+
+_numbered: WeakValueDictionary[int, ProcessGroupComm] = WeakValueDictionary()
+_numbers = itertools.count()
+
+
+def numbered(number: int) -> ProcessGroupComm:
+    """The group of this `number`: what is compiled holds numbers, not objects."""
+    return _numbered[number]
 
 
 def _wait(x: Tensor) -> Tensor:
@@ -51,8 +62,11 @@ class Group(Protocol):
         contiguous `x` is overwritten and returned, which saves one copy.
         """
 
-    def start_all_reduce(self, x: Tensor) -> Callable[[], Tensor]:
-        """Begin to sum the contiguous `x`, which is given up; what is called gives the sum."""
+    def start_all_reduce(self, x: Tensor, columns: int = 0) -> Callable[[], Tensor]:
+        """Begin to sum the contiguous `x`, which is given up; what is called gives the sum.
+
+        columns: of the products that this thread enqueues before that call, to run beside it.
+        """
 
     def all_gather(self, x: Tensor) -> list[Tensor]:
         """Every rank's `x`, by coordinate."""
@@ -71,7 +85,7 @@ class SingleGroup:
         """`x` itself."""
         return x
 
-    def start_all_reduce(self, x: Tensor) -> Callable[[], Tensor]:
+    def start_all_reduce(self, x: Tensor, columns: int = 0) -> Callable[[], Tensor]:
         """`x` itself."""
         return lambda: x
 
@@ -86,17 +100,37 @@ class SingleGroup:
         return "SingleGroup()"
 
 
+class Lane(NamedTuple):
+    """How a sum runs beside products of at least so many columns (`cost_model/lanes.py`).
+
+    process_group: whose collectives take so many multiprocessors, of as many as the GPU has.
+    """
+
+    columns: int
+    process_group: dist.ProcessGroup
+    multiprocessors: int
+    of: int
+
+
 class ProcessGroupComm:
     """A group on a `torch.distributed` process group (NCCL, gloo), whose ranks are coordinates.
 
     A copy of a module shares its groups with the module: a communicator cannot be copied. Within
     torch.compile functional collectives are used: torch 2.11 compiles an all-reduce in place,
     inside an autograd.Function, to one whose gradient is zero.
+
+    lanes: for sums that run beside products, by rising columns, the first from 0; none: those products
+        leave no multiprocessors to the sum.
     """
 
-    def __init__(self, process_group: dist.ProcessGroup, stream: RandomStream) -> None:
+    def __init__(
+        self, process_group: dist.ProcessGroup, stream: RandomStream, lanes: Sequence[Lane] = ()
+    ) -> None:
         self.process_group = process_group
+        self.lanes = tuple(lanes)
         self._name: str = process_group.group_name
+        self.number = next(_numbers)
+        _numbered[self.number] = self
         self.ranks: list[int] = dist.get_process_group_ranks(process_group)
         self.stream = stream
         self.degree: int = process_group.size()
@@ -121,17 +155,25 @@ class ProcessGroupComm:
         self._note("all-reduce", x)
         return x
 
-    def start_all_reduce(self, x: Tensor) -> Callable[[], Tensor]:
-        """One all-reduce, on NCCL's own stream; waiting lets the current stream wait."""
+    def start_all_reduce(self, x: Tensor, columns: int = 0) -> Callable[[], Tensor]:
+        """One all-reduce, on NCCL's own stream; waiting lets the current stream wait.
+
+        Matmuls that are enqueued until then leave its lane's multiprocessors to it.
+        """
         if torch.compiler.is_compiling():
             y = _functional.all_reduce(x, "sum", self._name)
             return lambda: _wait(y)
+        lane = self._lane(columns) if columns else None
         try:  # a context manager takes as long as all of the rest
-            work = start_all_reduce(x, self.process_group)
+            work = start_all_reduce(x, self.process_group if lane is None else lane.process_group)
         except RuntimeError as error:
             raise failures.explanation_of(error, "all-reduce", self.ranks) from error
+        if lane is not None:
+            leave_multiprocessors(lane.multiprocessors, lane.of)
 
         def wait() -> Tensor:
+            if lane is not None:
+                leave_multiprocessors(0, lane.of)
             try:
                 work.wait()
             except RuntimeError as error:
@@ -140,6 +182,10 @@ class ProcessGroupComm:
             return x
 
         return wait
+
+    def _lane(self, columns: int) -> Lane | None:
+        """The last one for products of so many columns."""
+        return next((lane for lane in reversed(self.lanes) if lane.columns <= columns), None)
 
     def all_gather(self, x: Tensor) -> list[Tensor]:
         """One all-gather into one buffer, of which the results are views."""

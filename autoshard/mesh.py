@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from torch.distributed.tensor import Placement, Replicate, Shard
 
 from autoshard.compat import inherit_timeout
 from autoshard.failures import answer_roll_calls
-from autoshard.groups import Group, ProcessGroupComm, SingleGroup
+from autoshard.groups import Group, Lane, ProcessGroupComm, SingleGroup
 from autoshard.random_streams import RandomStream, group_seed
 
 
@@ -206,6 +207,8 @@ class Mesh:
     degrees: all that the plan uses, the same on every rank; 1 and tp are always there.
     seed: of the random streams; `torch.initial_seed()` of the first rank if not given.
     device: of one process without a mesh; a GPU if there is one, where not given.
+    lanes: degree -> (columns, multiprocessors) of each lane for sums beside products
+        (`cost_model/lanes.py`); of NCCL's groups alone.
 
     All ranks of the world construct it together: it creates process groups. It is built from
     `device_mesh`; raises ValueError for degrees that do not divide tp, or that need more process
@@ -218,6 +221,7 @@ class Mesh:
         degrees: Iterable[int],
         seed: int | None = None,
         device: torch.device | str | None = None,
+        lanes: Mapping[int, Sequence[tuple[int, int]]] = MappingProxyType({}),
     ) -> None:
         self.device_mesh = device_mesh
         self.tp: int = 1 if device_mesh is None else device_mesh.size(device_mesh.ndim - 1)
@@ -237,7 +241,9 @@ class Mesh:
         if self.device.type == "cuda" and (device_mesh is not None or self.device.index is None):
             self.device = torch.device("cuda", torch.cuda.current_device())
         self.seed = self._agree_on(torch.initial_seed() % 2**63 if seed is None else seed)
-        self._groups = {degree: self._make_group(degree) for degree in self.degrees}
+        self._groups = {
+            degree: self._make_group(degree, lanes.get(degree, ())) for degree in self.degrees
+        }
 
     def _make_tp_mesh(self, device_mesh: DeviceMesh) -> DeviceMesh:
         if len(self.shape) == 1:
@@ -255,7 +261,7 @@ class Mesh:
             inherit_timeout(whole.get_group(name), self.device)
         return whole[names]
 
-    def _make_group(self, degree: int) -> Group:
+    def _make_group(self, degree: int, lanes: Sequence[tuple[int, int]]) -> Group:
         dims = dims_of_degree(self.tp, self.shape, degree)
         place = coordinate(self.tp_rank, self.shape, dims)
         stream = RandomStream(group_seed(self.seed, self._replica(), degree, place))
@@ -267,14 +273,33 @@ class Mesh:
             process_group = self.tp_mesh.get_group(dims[0])
         else:
             process_group = self._new_process_group(dims)
-        return ProcessGroupComm(process_group, stream)
+        return ProcessGroupComm(process_group, stream, self._make_lanes(process_group, dims, lanes))
 
-    def _new_process_group(self, dims: Sequence[int]) -> dist.ProcessGroup:
+    def _make_lanes(
+        self, process_group: dist.ProcessGroup, dims: Sequence[int], lanes: Sequence[tuple[int, int]]
+    ) -> list[Lane]:
+        """The widest is the group's own; others have process groups, which take so many."""
+        assert self.device_mesh is not None
+        if self.device.type != "cuda" or dist.get_backend(process_group) != "nccl":
+            return []
+        of = torch.cuda.get_device_properties(self.device).multi_processor_count
+        found: list[Lane] = []
+        for columns, multiprocessors in lanes:
+            if not found:
+                found.append(Lane(columns, process_group, multiprocessors, of))
+            elif self.device_mesh.size() == dist.get_world_size():
+                options = dist.ProcessGroupNCCL.Options()
+                options.config.min_ctas = options.config.max_ctas = multiprocessors
+                narrow = self._new_process_group(dims, options)
+                found.append(Lane(columns, narrow, multiprocessors, of))
+        return found
+
+    def _new_process_group(self, dims: Sequence[int], options: Any = None) -> dist.ProcessGroup:
         """This rank's group over `dims`; every rank creates those of all ranks, in one order."""
         assert self.device_mesh is not None
         for tp_ranks in self.device_mesh.mesh.view(-1, self.tp).tolist():
             for members in ranks_of(self.shape, dims):
-                made = dist.new_group([tp_ranks[member] for member in members])
+                made = dist.new_group([tp_ranks[member] for member in members], pg_options=options)
                 if isinstance(made, dist.ProcessGroup):
                     mine = made
                     inherit_timeout(made, self.device)

@@ -40,7 +40,6 @@ class _Issued(NamedTuple):
     group: dist.ProcessGroup
     way: str
     line: Line | None
-    time: float
 
 
 _issued: deque[_Issued] = deque()
@@ -56,7 +55,7 @@ def note(collective: str, ranks: Sequence[int], group: dist.ProcessGroup, device
     end = _free.pop() if _free else torch.cuda.Event()
     record(end, device)
     way, line = way_and_line(depth=3)  # from all_reduce, which calls _note, which calls this
-    _issued.append(_Issued(end, collective, ranks, group, way, line, time.monotonic()))
+    _issued.append(_Issued(end, collective, ranks, group, way, line))
     if _watch is None or not _watch.thread.is_alive():
         _watch = _Watch()
 
@@ -91,21 +90,21 @@ class _Watch:
         self.thread.join(GRACE)
 
     def _look(self) -> None:
-        since = time.monotonic()
+        first, since = None, 0.0  # which one, and when it was first seen to be
         while not self._ended.wait(INTERVAL):
             try:
-                if _forget_ended():
-                    since = time.monotonic()
+                _forget_ended()
             except RuntimeError:  # an error of CUDA, which the main thread meets itself
                 return
             if not _issued or not dist.is_initialized():
                 continue
-            first = _issued[0]
+            if _issued[0] is not first:
+                first, since = _issued[0], time.monotonic()
             timeout = timeout_of(first.group, torch.device("cuda"))
             if timeout is None:
                 continue
             limit = max(timeout.total_seconds() - MARGIN, timeout.total_seconds() / 2)
-            stood = time.monotonic() - max(since, first.time)
+            stood = time.monotonic() - since
             if stood > limit:
                 _raise(first, stood)
                 return

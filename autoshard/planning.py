@@ -19,6 +19,7 @@ from autoshard.analysis import Analysis
 from autoshard.assignment import Assignment
 from autoshard.cost_model.formulas import as_one, one_by_one, seconds
 from autoshard.cost_model.hardware import Hardware, at_hand, load
+from autoshard.cost_model.lanes import lanes_by_columns
 from autoshard.cost_model.model import OPTIMIZERS, CostModel, Setting
 from autoshard.cost_model.search import NoFit
 from autoshard.cost_model.work import B, S, SideBySide, Unit, Workload, one_after_other
@@ -189,6 +190,18 @@ class Costs:
         if beside < alone:
             return True, times
         return False, f"predicted to win nothing on {self.setting.hardware.name}: {times}"
+
+    def lanes(self, dtype: str) -> dict[int, list[tuple[int, int]]]:
+        """Degree -> (columns, multiprocessors) of the lanes for sums under products of a dtype."""
+        hardware = self.setting.hardware
+        return {
+            degree: [
+                (columns, lane.multiprocessors)
+                for columns, lane in lanes_by_columns(hardware, degree, dtype)
+            ]
+            for degree in range(2, self.tp + 1)
+            if self.tp % degree == 0
+        }
 
     def mechanisms(self, degrees: Mapping[str, int]) -> tuple[str, ...]:
         """What runs as one where the model has several: products side by side, sums that are added."""

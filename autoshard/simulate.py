@@ -111,7 +111,7 @@ class ThreadGroup:
                 result = result.add_(other) if op == "sum" else _maximum_(result, other)
         return result
 
-    def start_all_reduce(self, x: Tensor) -> Callable[[], Tensor]:
+    def start_all_reduce(self, x: Tensor, columns: int = 0) -> Callable[[], Tensor]:
         """The sum is there when this returns."""
         y = self.all_reduce(x, inplace=True)
         return lambda: y

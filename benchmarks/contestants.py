@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 import autoshard
@@ -170,8 +171,12 @@ def _plain(s: Setting, model: nn.Module, batch: Any, how: str = "") -> Contestan
 def _autoshard(
     s: Setting, model: nn.Module, batch: Any, how: str = "", silent: bool = False
 ) -> Contestant:
+    # NCCL launches slower on a communicator that some CUDA graph has recorded: they get their own.
+    mesh = None
+    if how == "graphs" and s.world > 1 and not s.alone:
+        mesh = DeviceMesh.from_group(dist.new_group(), s.device.type, mesh_dim_names=("tp",))
     split = autoshard.parallelize(
-        model, s.world, batch, degree="max", device=s.device, check_inputs=False
+        model, s.world, batch, degree="max", device=s.device, check_inputs=False, mesh=mesh
     )
     if silent:
         silence(split)

@@ -36,6 +36,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 import torch._dynamo
 import torch._dynamo.utils
+import torch._inductor.cudagraph_trees
 import torch.distributed as dist
 
 from benchmarks.contestants import (
@@ -420,5 +421,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 if __name__ == "__main__":
     status = main()
     if dist.is_initialized():
+        # NCCL's communicators end when no CUDA graph holds their calls any more.
+        torch.compiler.reset()
+        if torch.cuda.is_available():
+            torch._inductor.cudagraph_trees.reset_cudagraph_trees()
+        gc.collect()
         dist.destroy_process_group()
     raise SystemExit(status)

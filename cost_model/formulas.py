@@ -7,6 +7,7 @@
     all-reduce   latency log2(d) + 2 (d-1)/d bytes / bus          (ring; Megatron's f and g)
     all-gather   latency log2(d) + (d-1)/d bytes / bus
     beside products of t seconds, a collective of c:   c - overlap min(c, t)
+        where products leave it m of M multiprocessors:   max(c', t M / (M - m)) - t, if that is less
     n weights of one input, gradients:   2 n products, and the input's read again for all but the first;
         where that moves less memory, 2 products of all columns, and the columns laid side by side
 
@@ -23,7 +24,7 @@ from typing import Any, TypeAlias
 
 import sympy
 
-from autoshard.cost_model.hardware import Hardware
+from autoshard.cost_model.hardware import MOST_LANES, Hardware
 from autoshard.cost_model.work import (
     Attention,
     Collective,
@@ -45,6 +46,8 @@ M0, N0, K0 = sympy.symbols("m0 n0 k0", nonnegative=True)
 TILE_M, TILE_N, PROCESSORS = sympy.symbols("tile_m tile_n processors", positive=True, integer=True)
 LATENCY, BUS = sympy.symbols("latency bus", positive=True)
 OVERLAP = sympy.Symbol("overlap", nonnegative=True)
+# Of each lane: c' / c, and M / (M - m). A machine that has fewer has some that never win.
+LANES = tuple(sympy.symbols(f"lane{i}_share lane{i}_slower", positive=True) for i in range(MOST_LANES))
 BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
 PHASES = ("forward", "backward")
 
@@ -79,12 +82,22 @@ def seconds(item: Item) -> Expr:
         case Collective(kind, size, degree, under):
             ways = 2 if kind == "all_reduce" else 1
             hops = sympy.log(degree) / sympy.log(2)
-            own = LATENCY * hops + ways * (degree - 1) * size / (degree * BUS)
-            return own - OVERLAP * sympy.Min(own, device(under)) if under else own
+            start, sent = LATENCY * hops, ways * (degree - 1) * size / (degree * BUS)
+            return _beside(start, sent, device(under)) if under else start + sent
         case SideBySide():
             return sympy.Piecewise((as_one(item), moves_less(item)), (one_by_one(item), True))
         case Without(other):
             return -seconds(other)
+
+
+def _beside(start: Expr, sent: Expr, products: Expr) -> Expr:
+    """What a collective adds to the products that it runs beside, in the best way there is."""
+    own = start + sent
+    lanes = [
+        sympy.Max(start + sent / share, products * slower, evaluate=False) - products
+        for share, slower in LANES
+    ]
+    return sympy.Min(own - OVERLAP * sympy.Min(own, products), *lanes, evaluate=False)
 
 
 def moves_less(item: SideBySide) -> Any:
@@ -138,6 +151,13 @@ def constants(hardware: Hardware, degree: int) -> dict[str, float]:
         "tile_m": hardware.tile[0], "tile_n": hardware.tile[1], "processors": hardware.processors,
         "overlap": hardware.overlap,
     }  # fmt: skip
+    for place, (share, slower) in enumerate(LANES):
+        lane = hardware.lanes[place] if place < len(hardware.lanes) else None
+        values[share.name] = 1e-9 if lane is None else lane.share
+        values[slower.name] = 1.0
+        if lane is not None:
+            left = hardware.multiprocessors - lane.multiprocessors
+            values[slower.name] = hardware.multiprocessors / left
     for dtype in BYTES:
         values[f"rate_{dtype}"] = hardware.rate(dtype)
     for name, pair in hardware.attention.items():

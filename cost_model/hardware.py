@@ -16,6 +16,7 @@ from typing import Any
 PROFILES = Path(__file__).resolve().parent / "profiles"
 
 
+MOST_LANES = 2  # that a profile may have
 ATTENTION_KERNELS = ("causal", "full", "masked")
 # What a kernel that was not measured by name costs, in times that the result crosses the memory:
 # what it reads and writes at the least.
@@ -47,6 +48,23 @@ class Link:
 
 
 @dataclass(frozen=True)
+class Lane:
+    """How an all-reduce and products share a device: so many multiprocessors are the collective's own.
+
+    Matmuls of Hopper's kind put one block on every multiprocessor that they see, each with its share of
+    the result. Where a collective holds some of them, the blocks that find no place run after all
+    others: as if nothing had run at once. So matmuls are told to leave them.
+
+    Attributes:
+        multiprocessors: that the collective takes, and that products leave to it.
+        share: of the link's bandwidth that it reaches beside products.
+    """
+
+    multiprocessors: int
+    share: float
+
+
+@dataclass(frozen=True)
 class Hardware:
     """What the formulas need to know of a machine.
 
@@ -66,6 +84,9 @@ class Hardware:
         links: levels of the network, from the inside out.
         overlap: how much of the shorter one is hidden where a product and an all-reduce of the group
             run side by side, at most 1; below 0 where they disturb each other.
+        multiprocessors: of the device.
+        lanes: ways in which products leave room for an all-reduce beside them, the widest first, which
+            is as many multiprocessors as a collective takes by itself; none: they leave no room.
         source: where the numbers come from; date, versions and fit_error of a measured profile.
     """
 
@@ -83,6 +104,8 @@ class Hardware:
     tile: tuple[int, int] = (1, 1)
     processors: int = 1
     overlap: float = 0.0
+    multiprocessors: int = 0
+    lanes: tuple[Lane, ...] = ()
     source: str = ""
     date: str = ""
     versions: Mapping[str, str] = field(default_factory=dict)
@@ -171,7 +194,7 @@ def _read(path: Path) -> Hardware:
             found[key] = (number(f"{name}.{key}", value[0]), number(f"{name}.{key}", value[1]))
         return found
 
-    fill, links = document.get("fill"), document.get("links")
+    fill, links, lanes = document.get("fill"), document.get("links"), document.get("lanes", [])
     tile, processors = document.get("tile", [1, 1]), document.get("processors", 1)
     if not isinstance(tile, list) or len(tile) != 2:
         raise HardwareError(f"{path}: field 'tile' must be two numbers, is {tile!r}")
@@ -179,6 +202,18 @@ def _read(path: Path) -> Hardware:
         raise HardwareError(f"{path}: field 'fill' must be three numbers, is {fill!r}")
     if not isinstance(links, list) or not all(isinstance(link, dict) for link in links):
         raise HardwareError(f"{path}: field 'links' must be a list of objects, is {links!r}")
+    if not isinstance(lanes, list) or not all(isinstance(lane, dict) for lane in lanes):
+        raise HardwareError(f"{path}: field 'lanes' must be a list of objects, is {lanes!r}")
+    processors_of_device = int(number("multiprocessors", document.get("multiprocessors", 0)))
+    if len(lanes) > MOST_LANES:
+        raise HardwareError(f"{path}: field 'lanes' must be at most {MOST_LANES}, are {len(lanes)}")
+    for i, lane in enumerate(lanes):
+        taken = positive(f"lanes.{i}.multiprocessors", lane.get("multiprocessors"))
+        if taken >= (processors_of_device if i == 0 else lanes[i - 1]["multiprocessors"]):
+            raise HardwareError(
+                f"{path}: field 'lanes.{i}.multiprocessors' must be less than the device's "
+                f"{processors_of_device} and than those of the lane before, is {taken:g}"
+            )
     for kernel in ATTENTION_KERNELS:
         if kernel not in table("attention"):
             raise HardwareError(f"{path}: field 'attention.{kernel}' is missing")
@@ -207,6 +242,11 @@ def _read(path: Path) -> Hardware:
         tile=(int(positive("tile", tile[0])), int(positive("tile", tile[1]))),
         processors=int(positive("processors", processors)),
         overlap=min(1.0, number("overlap", document.get("overlap", 0.0), -math.inf)),
+        multiprocessors=processors_of_device,
+        lanes=tuple(
+            Lane(int(lane["multiprocessors"]), positive(f"lanes.{i}.share", lane.get("share")))
+            for i, lane in enumerate(lanes)
+        ),
         source=str(document.get("source", "")),
         date=str(document.get("date", "")),
         versions=dict(document.get("versions", {})),

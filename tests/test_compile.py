@@ -11,11 +11,13 @@ import torch
 import torch._dynamo
 import transformers
 from torch import Tensor, fx, nn
+from torch import distributed as dist
 from torch._dynamo.backends.common import aot_autograd
 from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 
 import autoshard
-from autoshard import traced_random
+from autoshard import groups, traced_random
+from autoshard.groups import Lane, ProcessGroupComm
 from tests.distributed import run_distributed
 from tests.test_fuse import Parallel
 
@@ -122,27 +124,45 @@ def _gradients(model: nn.Module) -> list[Tensor]:
     return found
 
 
-def _compiled_and_not(kind: str, tp: int) -> dict[str, Any]:
+def _give_lanes(model: autoshard.ParallelModule) -> list[int]:
+    """As if on a GPU; what the products are told to leave, call by call."""
+    told: list[int] = []
+    groups.leave_multiprocessors = lambda count, of: told.append(count)
+    for group in vars(model._last.module).values():
+        if isinstance(group, ProcessGroupComm):
+            narrow = dist.new_group(group.ranks)
+            assert isinstance(narrow, dist.ProcessGroup)
+            group.lanes = (Lane(0, group.process_group, 24, 132), Lane(100, narrow, 8, 132))
+    return told
+
+
+def _compiled_and_not(kind: str, tp: int, lanes: bool = False) -> dict[str, Any]:
     ids = _ids(2, 16)
     tp_model = autoshard.parallelize(
         _model(kind).train(), tp, {"input_ids": ids, "labels": ids}, degree="max"
     )
+    told = _give_lanes(tp_model) if lanes else []
     graphs = _Graphs()
     compiled = torch.compile(tp_model, fullgraph=True, backend=graphs)
+    found: dict[str, Any] = {}
     for shape in ((2, 16), (3, 17), (5, 9)):
         ids = _ids(*shape)
+        told.clear()
         plain = tp_model(input_ids=ids, labels=ids)
         plain.loss.backward()
         expected = _gradients(tp_model)
+        found["eager"] = list(told)
+        told.clear()
         out = compiled(input_ids=ids, labels=ids)
         out.loss.backward()
+        found["compiled"] = list(told)
         assert type(out) is type(plain)
         torch.testing.assert_close(out.loss, plain.loss)
         assert out.logits.shape == plain.logits.shape
         torch.testing.assert_close(_local(out.logits), _local(plain.logits), check_stride=False)
         torch.testing.assert_close(_gradients(tp_model), expected)
     assert len(tp_model._compiled) == 1
-    found: dict[str, Any] = {"forward": dict(graphs.forward), "backward": dict(graphs.backward)}
+    found |= {"forward": dict(graphs.forward), "backward": dict(graphs.backward)}
     found["under"] = list(graphs.under)
     tp_model.eval()
     with torch.no_grad():
@@ -163,6 +183,17 @@ def test_no_break_and_the_same_numbers(kind: str) -> None:
         # Those of an input's gradient end after the gradients of the weights: per layer of the MLP (two
         # weights in Llama) and of q, k and v (one in GPT-2). The head's weight is padded, so computed.
         assert found["under"] == [0, *([1, 1] if kind == "gpt2" else [2, 3]) * 2]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_products_that_leave_room_are_one_operator(kind: str) -> None:
+    """Compiled as in eager: the same numbers, and each sum's lane is left to it and taken back."""
+    for found in run_distributed(_compiled_and_not, 2, kind, 2, True, timeout=300):
+        # MLP: 128 columns of a rank in GPT-2, 64 + 64 in Llama; q, k and v: 96, and 32 + 16 + 16.
+        assert found["eager"] == [8, 0, 24, 0] * 2
+        assert found["compiled"] == found["eager"]
+        assert found["backward"] == {"all_reduce": 1, "wait_tensor": 1}  # the padded head's
 
 
 def _parallel_blocks() -> tuple[Counter[str], Counter[str]]:

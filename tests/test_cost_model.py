@@ -276,7 +276,7 @@ def test_what_a_sum_runs_under() -> None:
 @pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
 def test_what_runs_under_products_is_hidden_in_part(share: float) -> None:
     """c - overlap min(c, t), for a sum that is longer than the product, and one that is shorter."""
-    machine = replace(load("h200"), overlap=share)
+    machine = replace(load("h200"), overlap=share, lanes=())
     values = constants(machine, 2) | {"d": 2}
 
     def number(item: Any) -> float:
@@ -298,7 +298,7 @@ def test_what_overlaps_is_what_is_fused() -> None:
 @pytest.mark.parametrize("share", [-1.0, 0.5])
 def test_overlap_is_a_choice_of_the_plan(share: float, tmp_path: Any) -> None:
     """Taken where it is predicted to win, with both times; kept in a file; and followed."""
-    machine = replace(load("h200"), overlap=share)
+    machine = replace(load("h200"), overlap=share, lanes=())
     shape = Shape("gpt", 4096, 32, 2, 128, 2, vocabulary=256)
     with torch.device("meta"):
         model = build(shape)

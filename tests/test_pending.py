@@ -65,7 +65,7 @@ def issued(ended: list[bool], group: Any) -> list[Event]:
     events = [Event(e) for e in ended]
     for event in events:
         pending._issued.append(
-            pending._Issued(event, "all-reduce", [0, 1], group, "forward", None, time.monotonic())  # type: ignore[arg-type]
+            pending._Issued(event, "all-reduce", [0, 1], group, "forward", None)  # type: ignore[arg-type]
         )
     return events
 
