@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor
 from autoshard.agreement import MODES
 from autoshard.capture import skeleton
 from autoshard.cost_model.hardware import Hardware
+from autoshard.cost_model.lanes import Room
 from autoshard.errors import AutoshardError, PlanError, UnknownOperatorError
 from autoshard.inputs import Inputs, normalized_inputs
 from autoshard.mesh import Mesh, init_mesh
@@ -121,8 +122,8 @@ def parallelize(
         )
     _check_plan(made, tp, strict)
     _check_ranks(plan_hash(made, sharded), device_mesh)
-    lanes = _lanes(made, costs, model)
-    ranks = Mesh(device_mesh, tuple(made.degrees.values()), device=device, lanes=lanes)
+    rooms = _rooms(made, costs, model)
+    ranks = Mesh(device_mesh, tuple(made.degrees.values()), device=device, rooms=rooms)
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     agree({n: t for n, t in tensors.items() if not t.is_meta}, ranks)
     return ParallelModule(
@@ -200,7 +201,7 @@ def _costs(
     return Costs(program.analysis, tp, setting, target)
 
 
-def _lanes(plan: Plan, costs: Costs, model: nn.Module) -> dict[int, list[tuple[int, int]]]:
+def _rooms(plan: Plan, costs: Costs, model: nn.Module) -> dict[int, tuple[Room, ...]]:
     """`Mesh`'s, where sums run under products and the GPU at hand is of the size planned for."""
     hardware = costs.setting.hardware
     if not plan.overlap or not hardware.lanes or not torch.cuda.is_available():
@@ -208,7 +209,7 @@ def _lanes(plan: Plan, costs: Costs, model: nn.Module) -> dict[int, list[tuple[i
     if torch.cuda.get_device_properties().multi_processor_count != hardware.multiprocessors:
         return {}
     largest = max(model.parameters(), key=lambda p: p.numel())
-    return costs.lanes(str(largest.dtype).removeprefix("torch."))
+    return costs.rooms(str(largest.dtype).removeprefix("torch."))
 
 
 def _request(model: nn.Module, tp: int, degree: str | int, plan: Plan | None) -> Request:

@@ -30,7 +30,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from autoshard import ops
-from autoshard.groups import Group, ProcessGroupComm, numbered
+from autoshard.groups import Group, Lane, ProcessGroupComm, numbered
 
 
 def column_linear(
@@ -109,20 +109,39 @@ def _begun(
     joined: products may run side by side; the gradients may be views of one tensor then.
     """
     beside, together = dys, weights
+    if together and joined:
+        beside, together = side_by_side(dys, together, transposed)
+    one = all(trained) and len(beside) < len(dys)
+    own = beside if one else [dy for dy, train in zip(dys, trained, strict=True) if train]
     running: Callable[[], Tensor] | None = None
-    if together and dys:
-        if joined:
-            beside, together = side_by_side(dys, together, transposed)
-        columns = sum(dy.shape[1] for dy, train in zip(dys, trained, strict=True) if train)
-        running = group.start_all_reduce(_input_gradient(beside, together, transposed), columns)
+    lane: Lane | None = None
+    if together:
+        if own and _has_lanes(group):
+            lane = group.lane(own[0].shape[1])
+        running = group.start_all_reduce(_input_gradient(beside, together, transposed), lane)
         del together
     if x is None:
         return running, ()
-    if all(trained) and len(beside) < len(dys):
-        return running, _of_weight(x, beside[0], transposed).split([dy.shape[1] for dy in dys])
-    return running, [
-        _of_weight(x, dy, transposed) for dy, train in zip(dys, trained, strict=True) if train
-    ]
+    found = _of_weights(x, own, transposed, lane)
+    return running, found[0].split([dy.shape[1] for dy in dys]) if one else found
+
+
+def _of_weights(
+    x: Tensor, dys: Sequence[Tensor], transposed: bool, lane: Lane | None
+) -> list[Tensor]:
+    """The gradient of each weight. They leave the sum beside them room, while it runs."""
+    found: list[Tensor] = []
+    if lane is not None:
+        covered = 0
+        lane.leave()
+        try:
+            while covered < lane.covers and len(found) < len(dys):
+                dy = dys[len(found)]
+                covered += dy.shape[1]
+                found.append(_of_weight(x, dy, transposed))
+        finally:
+            lane.take_back()
+    return found + [_of_weight(x, dy, transposed) for dy in dys[len(found) :]]
 
 
 def _has_lanes(group: Group) -> TypeGuard[ProcessGroupComm]:

@@ -62,10 +62,10 @@ class Group(Protocol):
         contiguous `x` is overwritten and returned, which saves one copy.
         """
 
-    def start_all_reduce(self, x: Tensor, columns: int = 0) -> Callable[[], Tensor]:
+    def start_all_reduce(self, x: Tensor, lane: Lane | None = None) -> Callable[[], Tensor]:
         """Begin to sum the contiguous `x`, which is given up; what is called gives the sum.
 
-        columns: of the products that this thread enqueues before that call, to run beside it.
+        lane: one of the group's, where products run beside it that leave it room.
         """
 
     def all_gather(self, x: Tensor) -> list[Tensor]:
@@ -85,7 +85,7 @@ class SingleGroup:
         """`x` itself."""
         return x
 
-    def start_all_reduce(self, x: Tensor, columns: int = 0) -> Callable[[], Tensor]:
+    def start_all_reduce(self, x: Tensor, lane: Lane | None = None) -> Callable[[], Tensor]:
         """`x` itself."""
         return lambda: x
 
@@ -101,15 +101,26 @@ class SingleGroup:
 
 
 class Lane(NamedTuple):
-    """How a sum runs beside products of at least so many columns (`cost_model/lanes.py`).
+    """How a sum runs beside products, of which the first has at least so many columns.
 
-    process_group: whose collectives take so many multiprocessors, of as many as the GPU has.
+    covers: columns of all products that take as long as the sum; those behind them leave no room.
+    process_group: whose collectives are as small as what is left to them.
+    left: multiprocessors that products leave alone, of as many as the GPU has.
     """
 
     columns: int
+    covers: int
     process_group: dist.ProcessGroup
-    multiprocessors: int
+    left: int
     of: int
+
+    def leave(self) -> None:
+        """Products that this thread enqueues from now on leave room."""
+        leave_multiprocessors(self.left, self.of)
+
+    def take_back(self) -> None:
+        """They leave none."""
+        leave_multiprocessors(0, self.of)
 
 
 class ProcessGroupComm:
@@ -119,8 +130,8 @@ class ProcessGroupComm:
     torch.compile functional collectives are used: torch 2.11 compiles an all-reduce in place,
     inside an autograd.Function, to one whose gradient is zero.
 
-    lanes: for sums that run beside products, by rising columns, the first from 0; none: those products
-        leave no multiprocessors to the sum.
+    lanes: for sums that run beside products, by rising columns, the first from 0; none: the products
+        leave the sum no room.
     """
 
     def __init__(
@@ -155,25 +166,17 @@ class ProcessGroupComm:
         self._note("all-reduce", x)
         return x
 
-    def start_all_reduce(self, x: Tensor, columns: int = 0) -> Callable[[], Tensor]:
-        """One all-reduce, on NCCL's own stream; waiting lets the current stream wait.
-
-        Matmuls that are enqueued until then leave its lane's multiprocessors to it.
-        """
+    def start_all_reduce(self, x: Tensor, lane: Lane | None = None) -> Callable[[], Tensor]:
+        """One all-reduce, on NCCL's own stream; waiting lets the current stream wait."""
         if torch.compiler.is_compiling():
             y = _functional.all_reduce(x, "sum", self._name)
             return lambda: _wait(y)
-        lane = self._lane(columns) if columns else None
         try:  # a context manager takes as long as all of the rest
             work = start_all_reduce(x, self.process_group if lane is None else lane.process_group)
         except RuntimeError as error:
             raise failures.explanation_of(error, "all-reduce", self.ranks) from error
-        if lane is not None:
-            leave_multiprocessors(lane.multiprocessors, lane.of)
 
         def wait() -> Tensor:
-            if lane is not None:
-                leave_multiprocessors(0, lane.of)
             try:
                 work.wait()
             except RuntimeError as error:
@@ -183,8 +186,8 @@ class ProcessGroupComm:
 
         return wait
 
-    def _lane(self, columns: int) -> Lane | None:
-        """The last one for products of so many columns."""
+    def lane(self, columns: int) -> Lane | None:
+        """The one for products of which the first has so many columns; None where there are none."""
         return next((lane for lane in reversed(self.lanes) if lane.columns <= columns), None)
 
     def all_gather(self, x: Tensor) -> list[Tensor]:

@@ -19,10 +19,19 @@ from autoshard.analysis import Analysis
 from autoshard.assignment import Assignment
 from autoshard.cost_model.formulas import as_one, one_by_one, seconds
 from autoshard.cost_model.hardware import Hardware, at_hand, load
-from autoshard.cost_model.lanes import lanes_by_columns
+from autoshard.cost_model.lanes import Room, rooms
 from autoshard.cost_model.model import OPTIMIZERS, CostModel, Setting
 from autoshard.cost_model.search import NoFit
-from autoshard.cost_model.work import B, S, SideBySide, Unit, Workload, one_after_other
+from autoshard.cost_model.work import (
+    B,
+    Collective,
+    Product,
+    S,
+    SideBySide,
+    Unit,
+    Workload,
+    one_after_other,
+)
 from autoshard.errors import PlanError
 from autoshard.inputs import Inputs
 from autoshard.passes.assign_degrees import Request, assign_degrees
@@ -191,25 +200,23 @@ class Costs:
             return True, times
         return False, f"predicted to win nothing on {self.setting.hardware.name}: {times}"
 
-    def lanes(self, dtype: str) -> dict[int, list[tuple[int, int]]]:
-        """Degree -> (columns, multiprocessors) of the lanes for sums under products of a dtype."""
-        hardware = self.setting.hardware
-        return {
-            degree: [
-                (columns, lane.multiprocessors)
-                for columns, lane in lanes_by_columns(hardware, degree, dtype)
-            ]
-            for degree in range(2, self.tp + 1)
-            if self.tp % degree == 0
-        }
+    def rooms(self, dtype: str) -> dict[int, tuple[Room, ...]]:
+        """Degree -> what products of a dtype leave to the sums that they run beside."""
+        split = [degree for degree in range(2, self.tp + 1) if self.tp % degree == 0]
+        return {degree: rooms(self.setting.hardware, degree, dtype) for degree in split}
 
     def mechanisms(self, degrees: Mapping[str, int]) -> tuple[str, ...]:
         """What runs as one where the model has several: products side by side, sums that are added."""
         names: dict[tuple[float, float], list[str]] = {}
         sums: dict[str, set[int]] = {}
+        left: dict[int, list[str]] = {}
         for unit in self.model.workload.units:
             degree = degrees[unit.name]
             for item in unit.work[degree].backward.items:
+                if isinstance(item, Collective) and item.under:
+                    lane = self._lane(item.under[0], degree)
+                    if lane is not None:
+                        left.setdefault(lane.left, []).append(unit.name)
                 if isinstance(item, SideBySide):
                     one, each, taken = (
                         self.model.evaluate(formula(item), degree)
@@ -225,10 +232,22 @@ class Costs:
             f"{_time(one)}, {_time(each)} one by one"
             for (one, each), found in names.items()
         ]
+        of = self.setting.hardware.multiprocessors
+        lines += [
+            f"products leave {count} of {of} multiprocessors to sums beside them in "
+            f"{', '.join(folded(found))}"
+            for count, found in left.items()
+        ]
         joined = sum(len(degrees) == 1 for degrees in sums.values())
         if joined:
             lines.append(f"results that are added are summed over the ranks once, {joined} times")
         return tuple(lines)
+
+    def _lane(self, product: Product, degree: int) -> Room | None:
+        """Of a sum beside this product and those behind it."""
+        columns = self.model.evaluate(product.n, degree)
+        lanes = rooms(self.setting.hardware, degree, product.dtype)
+        return next((room for room in reversed(lanes) if room.columns <= columns), None)
 
     def _no_fit(self, miss: NoFit) -> str:
         rest, limit = self.model.rest.memory_per_rank, self.setting.memory

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from autoshard.groups import Group, ReduceOp, SingleGroup
+from autoshard.groups import Group, Lane, ReduceOp, SingleGroup
 from autoshard.mesh import coordinate, dims_of_degree, ranks_of, tp_mesh_shape
 from autoshard.random_streams import RandomStream, group_seed
 
@@ -111,7 +111,7 @@ class ThreadGroup:
                 result = result.add_(other) if op == "sum" else _maximum_(result, other)
         return result
 
-    def start_all_reduce(self, x: Tensor, columns: int = 0) -> Callable[[], Tensor]:
+    def start_all_reduce(self, x: Tensor, lane: Lane | None = None) -> Callable[[], Tensor]:
         """The sum is there when this returns."""
         y = self.all_reduce(x, inplace=True)
         return lambda: y

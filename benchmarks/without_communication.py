@@ -11,7 +11,7 @@ from collections.abc import Callable
 from torch import Tensor
 
 from autoshard import ParallelModule
-from autoshard.groups import ProcessGroupComm, ReduceOp
+from autoshard.groups import Lane, ProcessGroupComm, ReduceOp
 
 
 class Silent(ProcessGroupComm):
@@ -21,7 +21,7 @@ class Silent(ProcessGroupComm):
         """This rank's own `x`; nothing is copied either."""
         return x.detach()
 
-    def start_all_reduce(self, x: Tensor, columns: int = 0) -> Callable[[], Tensor]:
+    def start_all_reduce(self, x: Tensor, lane: Lane | None = None) -> Callable[[], Tensor]:
         """This rank's own `x`."""
         return lambda: x
 

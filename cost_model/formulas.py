@@ -7,7 +7,7 @@
     all-reduce   latency log2(d) + 2 (d-1)/d bytes / bus          (ring; Megatron's f and g)
     all-gather   latency log2(d) + (d-1)/d bytes / bus
     beside products of t seconds, a collective of c:   c - overlap min(c, t)
-        where products leave it m of M multiprocessors:   max(c', t M / (M - m)) - t, if that is less
+        where products leave it some multiprocessors and take s t:   max(c', s t) - t, if that is less
     n weights of one input, gradients:   2 n products, and the input's read again for all but the first;
         where that moves less memory, 2 products of all columns, and the columns laid side by side
 
@@ -46,7 +46,7 @@ M0, N0, K0 = sympy.symbols("m0 n0 k0", nonnegative=True)
 TILE_M, TILE_N, PROCESSORS = sympy.symbols("tile_m tile_n processors", positive=True, integer=True)
 LATENCY, BUS = sympy.symbols("latency bus", positive=True)
 OVERLAP = sympy.Symbol("overlap", nonnegative=True)
-# Of each lane: c' / c, and M / (M - m). A machine that has fewer has some that never win.
+# Of each lane: c / c' without latency, and s. A machine that has fewer has some that never win.
 LANES = tuple(sympy.symbols(f"lane{i}_share lane{i}_slower", positive=True) for i in range(MOST_LANES))
 BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
 PHASES = ("forward", "backward")
@@ -154,10 +154,7 @@ def constants(hardware: Hardware, degree: int) -> dict[str, float]:
     for place, (share, slower) in enumerate(LANES):
         lane = hardware.lanes[place] if place < len(hardware.lanes) else None
         values[share.name] = 1e-9 if lane is None else lane.share
-        values[slower.name] = 1.0
-        if lane is not None:
-            left = hardware.multiprocessors - lane.multiprocessors
-            values[slower.name] = hardware.multiprocessors / left
+        values[slower.name] = 1.0 if lane is None else lane.slower
     for dtype in BYTES:
         values[f"rate_{dtype}"] = hardware.rate(dtype)
     for name, pair in hardware.attention.items():

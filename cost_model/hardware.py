@@ -49,18 +49,22 @@ class Link:
 
 @dataclass(frozen=True)
 class Lane:
-    """How an all-reduce and products share a device: so many multiprocessors are the collective's own.
+    """How an all-reduce and products share a device: some multiprocessors are the collective's own.
 
-    Matmuls of Hopper's kind put one block on every multiprocessor that they see, each with its share of
-    the result. Where a collective holds some of them, the blocks that find no place run after all
-    others: as if nothing had run at once. So matmuls are told to leave them.
+    Matmuls for Hopper put one block on every multiprocessor that they see, each with its share of the
+    result. Where a collective holds some of them, the blocks that find no place run after all others:
+    as if nothing had run at once. So matmuls are told to leave some.
 
     Attributes:
-        multiprocessors: that the collective takes, and that products leave to it.
-        share: of the link's bandwidth that it reaches beside products.
+        multiprocessors: that the collective takes.
+        left: that products leave alone: a few more, as blocks come in pairs of neighbours.
+        slower: how much longer products take on the others.
+        share: of the link's bandwidth that the collective reaches beside products.
     """
 
     multiprocessors: int
+    left: int
+    slower: float
     share: float
 
 
@@ -86,7 +90,7 @@ class Hardware:
             run side by side, at most 1; below 0 where they disturb each other.
         multiprocessors: of the device.
         lanes: ways in which products leave room for an all-reduce beside them, the widest first, which
-            is as many multiprocessors as a collective takes by itself; none: they leave no room.
+            a collective takes by itself; none: they leave no room.
         source: where the numbers come from; date, versions and fit_error of a measured profile.
     """
 
@@ -204,16 +208,8 @@ def _read(path: Path) -> Hardware:
         raise HardwareError(f"{path}: field 'links' must be a list of objects, is {links!r}")
     if not isinstance(lanes, list) or not all(isinstance(lane, dict) for lane in lanes):
         raise HardwareError(f"{path}: field 'lanes' must be a list of objects, is {lanes!r}")
-    processors_of_device = int(number("multiprocessors", document.get("multiprocessors", 0)))
     if len(lanes) > MOST_LANES:
         raise HardwareError(f"{path}: field 'lanes' must be at most {MOST_LANES}, are {len(lanes)}")
-    for i, lane in enumerate(lanes):
-        taken = positive(f"lanes.{i}.multiprocessors", lane.get("multiprocessors"))
-        if taken >= (processors_of_device if i == 0 else lanes[i - 1]["multiprocessors"]):
-            raise HardwareError(
-                f"{path}: field 'lanes.{i}.multiprocessors' must be less than the device's "
-                f"{processors_of_device} and than those of the lane before, is {taken:g}"
-            )
     for kernel in ATTENTION_KERNELS:
         if kernel not in table("attention"):
             raise HardwareError(f"{path}: field 'attention.{kernel}' is missing")
@@ -242,9 +238,14 @@ def _read(path: Path) -> Hardware:
         tile=(int(positive("tile", tile[0])), int(positive("tile", tile[1]))),
         processors=int(positive("processors", processors)),
         overlap=min(1.0, number("overlap", document.get("overlap", 0.0), -math.inf)),
-        multiprocessors=processors_of_device,
+        multiprocessors=int(number("multiprocessors", document.get("multiprocessors", 0))),
         lanes=tuple(
-            Lane(int(lane["multiprocessors"]), positive(f"lanes.{i}.share", lane.get("share")))
+            Lane(
+                int(positive(f"lanes.{i}.multiprocessors", lane.get("multiprocessors"))),
+                int(positive(f"lanes.{i}.left", lane.get("left"))),
+                number(f"lanes.{i}.slower", lane.get("slower"), 1.0),
+                positive(f"lanes.{i}.share", lane.get("share")),
+            )
             for i, lane in enumerate(lanes)
         ),
         source=str(document.get("source", "")),

@@ -45,7 +45,7 @@ class Twins:
         x = x.detach()
         return x.mul_(2) if inplace else x * 2
 
-    def start_all_reduce(self, x: Tensor, columns: int = 0) -> Callable[[], Tensor]:
+    def start_all_reduce(self, x: Tensor, lane: Any = None) -> Callable[[], Tensor]:
         return lambda: x.mul_(2)
 
 
@@ -380,7 +380,7 @@ def test_memory_is_free_after_its_last_use(layer: Any, monkeypatch: pytest.Monke
     seen: list[bool] = []
     original = Twins.start_all_reduce
 
-    def start(self: Twins, x: Tensor, columns: int = 0) -> Any:
+    def start(self: Twins, x: Tensor, lane: Any = None) -> Any:
         seen.append(first() is None)  # of the activation, behind the first product
         return original(self, x)
 
@@ -457,9 +457,9 @@ def test_the_sum_runs_under_the_gradients_of_the_weights(
         return lambda *args: events.append(name) or call(*args)  # type: ignore[func-returns-value]
 
     class Recording(Twins):
-        def start_all_reduce(self, x: Tensor, columns: int = 0) -> Callable[[], Tensor]:
+        def start_all_reduce(self, x: Tensor, lane: Any = None) -> Callable[[], Tensor]:
             events.append("start")
-            return noted("wait", super().start_all_reduce(x, columns))
+            return noted("wait", super().start_all_reduce(x, lane))
 
     body, _, made = layer
     body.values[0] = Recording()

@@ -484,7 +484,7 @@ def test_the_sum_runs_under_the_weights_gradients() -> None:
     class Recording:
         degree, coordinate = 2, 0
 
-        def start_all_reduce(self, x: Tensor, columns: int = 0) -> Callable[[], Tensor]:
+        def start_all_reduce(self, x: Tensor, lane: Any = None) -> Callable[[], Tensor]:
             events.append("start")
             return lambda: events.append("wait") or x  # type: ignore[func-returns-value]
 
@@ -519,7 +519,7 @@ def test_products_side_by_side(
     tokens: int, size: int, columns: tuple[int, ...], products: int
 ) -> None:
     """One product for the gradient of the input, where that moves less memory; the same gradients."""
-    group: Any = SimpleNamespace(degree=2, coordinate=0, start_all_reduce=lambda x, columns: lambda: x)
+    group: Any = SimpleNamespace(degree=2, coordinate=0, start_all_reduce=lambda x, lane: lambda: x)
     x = _values(0, 1, tokens, size).requires_grad_()
     weights = [_values(i + 1, out, size).requires_grad_() for i, out in enumerate(columns)]
     dys = [_values(-1 - i, 1, tokens, out) for i, out in enumerate(columns)]

@@ -10,10 +10,10 @@ import pytest
 import sympy
 import torch
 
-from autoshard import groups
+from autoshard import fused_ops, groups
 from autoshard.cost_model.formulas import constants, seconds
 from autoshard.cost_model.hardware import Hardware, Lane, load
-from autoshard.cost_model.lanes import lanes_by_columns
+from autoshard.cost_model.lanes import rooms
 from autoshard.cost_model.work import Collective, D, Product
 from autoshard.groups import ProcessGroupComm
 from autoshard.random_streams import RandomStream
@@ -32,26 +32,44 @@ def exposed(hardware: Hardware, columns: int, degree: int) -> float:
 
 @pytest.mark.parametrize("degree", [2, 4, 8])
 @pytest.mark.parametrize("name", ["h100", "h200"])
-def test_the_lane_is_the_one_of_least_time(name: str, degree: int) -> None:
-    """On both sides of every border the formula takes the lane that the step takes."""
+def test_the_room_is_the_one_of_least_time(name: str, degree: int) -> None:
+    """On both sides of the border the formula takes the lane that the step takes."""
     machine = load(name)
-    (first, wide), (border, narrow) = lanes_by_columns(machine, degree, "bfloat16")
-    assert first == 0 and (wide, narrow) == machine.lanes
+    first, second = rooms(machine, degree, "bfloat16")
+    wide, narrow = machine.lanes
+    assert first.columns == 0 and first[2:] == (wide.multiprocessors, wide.left)
+    assert second[2:] == (narrow.multiprocessors, narrow.left)
+    border = second.columns
     for columns, best, other in ((border * 9 // 10, wide, narrow), (border * 11 // 10, narrow, wide)):
         alone = [exposed(replace(machine, lanes=(lane,)), columns, degree) for lane in (best, other)]
         assert alone[0] < alone[1]
         assert exposed(machine, columns, degree) == pytest.approx(alone[0])
 
 
+def test_products_cover_the_sum() -> None:
+    """With fewer columns the sum is the longer one, with more the products are."""
+    machine = replace(load("h200"), kernel=0.0, overlap=0.0)
+    for lane, room in zip(machine.lanes, rooms(machine, 2, "bfloat16"), strict=True):
+        own = replace(machine, lanes=(lane,))
+        seconds_of_sum = exposed(own, 1, 2)
+        for columns in (room.covers * 95 // 100, room.covers * 105 // 100):
+            product = 2 * TOKENS * SIZE * columns / machine.rate("bfloat16")
+            both = product + exposed(own, columns, 2)
+            sent = 2 * TOKENS * SIZE / machine.links[0].bandwidth / lane.share
+            expected = max(sent, product * lane.slower)
+            assert both == pytest.approx(min(expected, product + seconds_of_sum), rel=0.01)
+            assert (product * lane.slower > sent) == (columns > room.covers)
+
+
 def test_seconds_by_hand() -> None:
     """The longer of the sum at its share of the bus, and the products on what is left to them."""
-    machine = replace(load("h200"), lanes=(Lane(24, 0.8),), kernel=0.0)
+    machine = replace(load("h200"), lanes=(Lane(24, 32, 1.2, 0.8),), kernel=0.0)
     rate, bus = machine.rate("bfloat16"), machine.links[0].bandwidth
     for columns, products_are_longer in ((256, False), (2**15, True)):
         product = 2 * TOKENS * SIZE * columns / rate
         sent = 2 * TOKENS * SIZE / bus / 0.8 + machine.links[0].latency
         assert (product > sent) == products_are_longer
-        both = max(sent, product * 132 / 108)
+        both = max(sent, product * 1.2)
         apart = 2 * TOKENS * SIZE / bus + machine.links[0].latency
         expected = min(both - product, apart - machine.overlap * min(apart, product))
         assert exposed(machine, columns, 2) == pytest.approx(expected, rel=1e-6)
@@ -59,9 +77,9 @@ def test_seconds_by_hand() -> None:
 
 def test_nothing_to_share() -> None:
     """One rank, a machine without lanes, one without links."""
-    assert lanes_by_columns(load("h200"), 1, "bfloat16") == ()
+    assert rooms(load("h200"), 1, "bfloat16") == ()
     for name in ("v100", "a100", "cpu", "h200-x1"):
-        assert lanes_by_columns(load(name), 2, "bfloat16") == ()
+        assert rooms(load(name), 2, "bfloat16") == ()
 
 
 class Process:
@@ -79,34 +97,71 @@ class Process:
         return 0
 
 
-def test_between_start_and_end_products_leave_room(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On the lane of as many columns; without products none; where the sum fails to end too."""
+@pytest.fixture
+def told(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """What happens, in its order: sums by name, what products are told, products, waits."""
     events: list[Any] = []
-    works = SimpleNamespace(wait=lambda: events.append("wait"))
+    of_weight = fused_ops._of_weight
     monkeypatch.setattr(groups.dist, "get_process_group_ranks", lambda group: [0, 1])
-    monkeypatch.setattr(groups, "leave_multiprocessors", lambda count, of: events.append((count, of)))
+    monkeypatch.setattr(groups, "leave_multiprocessors", lambda count, of: events.append(count))
     monkeypatch.setattr(
-        groups, "start_all_reduce", lambda x, group: events.append(group.group_name) or works
+        groups,
+        "start_all_reduce",
+        lambda x, group: events.append(group.group_name)
+        or SimpleNamespace(wait=lambda: events.append("wait")),
     )
+    monkeypatch.setattr(
+        fused_ops, "_of_weight", lambda x, *args: events.append("product") or of_weight(x, *args)
+    )
+    return events
+
+
+def _group(events: list[Any]) -> ProcessGroupComm:
+    """Two lanes: from 0 columns, which 6 cover, and from 10, which 30 cover."""
     wide: Any = Process(events, "wide")
     narrow: Any = Process(events, "narrow")
-    lanes = (groups.Lane(0, wide, 24, 132), groups.Lane(100, narrow, 8, 132))
-    group = ProcessGroupComm(wide, RandomStream(0), lanes)
-    x = torch.zeros(3)
-    for columns, name, count in ((99, "wide", 24), (100, "narrow", 8)):
-        events.clear()
-        assert group.start_all_reduce(x, columns)() is x
-        assert events == [name, (count, 132), (0, 132), "wait"]
-    events.clear()
-    group.start_all_reduce(x)()
-    assert events == ["wide", "wait"]
+    lanes = (groups.Lane(0, 6, wide, 24, 132), groups.Lane(10, 30, narrow, 8, 132))
+    return ProcessGroupComm(wide, RandomStream(0), lanes)
 
-    def fail() -> None:
-        raise RuntimeError("gone")
 
-    works.wait = fail
-    monkeypatch.setattr(groups.failures, "explanation_of", lambda error, *args: ValueError(str(error)))
-    events.clear()
-    with pytest.raises(ValueError, match="gone"):
-        group.start_all_reduce(x, 1)()
-    assert events == ["wide", (24, 132), (0, 132)]
+@pytest.mark.parametrize(
+    ("columns", "trained", "expected"),
+    [
+        ((9,), (True,), ["wide", 24, "product", 0, "wait"]),
+        ((10,), (True,), ["narrow", 8, "product", 0, "wait"]),
+        ((4, 4, 4), (True,) * 3, ["wide", 24, "product", "product", 0, "product", "wait"]),
+        ((4, 12), (False, True), ["narrow", 8, "product", 0, "wait"]),
+        ((4,), (False,), ["wide", "wait"]),
+    ],
+)
+def test_products_leave_room_until_they_cover_the_sum(
+    columns: tuple[int, ...], trained: tuple[bool, ...], expected: list[Any], told: list[Any]
+) -> None:
+    """On the lane of the first product's columns; what runs behind the sum has all of the GPU."""
+    x, dys = torch.randn(5, 3), [torch.randn(5, n) for n in columns]
+    weights = [torch.randn(n, 3) for n in columns]
+    given, biased = x if any(trained) else None, (False,) * len(columns)
+    found = fused_ops.column_gradients(
+        given, (5, 3), _group(told), weights, dys, False, trained, biased
+    )
+    torch.testing.assert_close(found[0], sum(dy @ w for dy, w in zip(dys, weights, strict=True)))
+    for dw, dy, train in zip(found[1:], dys, trained, strict=False):
+        assert (dw is not None) == train
+        if dw is not None:
+            torch.testing.assert_close(dw, dy.t() @ x)
+    assert told == expected
+
+
+def test_room_is_taken_back_where_a_product_fails(
+    told: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else all that comes after would leave it."""
+
+    def fail(*args: Any) -> None:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(fused_ops, "_of_weight", fail)
+    x, weight, dy = torch.randn(5, 3), torch.randn(4, 3), torch.randn(5, 4)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        fused_ops.column_gradients(x, (5, 3), _group(told), [weight], [dy], False, [True], [False])
+    assert told == ["wide", 24, 0]
