@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,8 @@ from torch.distributed.tensor import DTensor
 from autoshard.agreement import MODES
 from autoshard.capture import skeleton
 from autoshard.cost_model.hardware import Hardware
-from autoshard.cost_model.lanes import Room
 from autoshard.errors import AutoshardError, PlanError, UnknownOperatorError
+from autoshard.groups import Sharing
 from autoshard.inputs import Inputs, normalized_inputs
 from autoshard.mesh import Mesh, init_mesh
 from autoshard.module import LOGITS, ParallelModule
@@ -122,8 +123,8 @@ def parallelize(
         )
     _check_plan(made, tp, strict)
     _check_ranks(plan_hash(made, sharded), device_mesh)
-    rooms = _rooms(made, costs, model)
-    ranks = Mesh(device_mesh, tuple(made.degrees.values()), device=device, rooms=rooms)
+    shares = _shares(made, costs, model, device_mesh)
+    ranks = Mesh(device_mesh, tuple(made.degrees.values()), device=device, shares=shares)
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     agree({n: t for n, t in tensors.items() if not t.is_meta}, ranks)
     return ParallelModule(
@@ -201,15 +202,20 @@ def _costs(
     return Costs(program.analysis, tp, setting, target)
 
 
-def _rooms(plan: Plan, costs: Costs, model: nn.Module) -> dict[int, tuple[Room, ...]]:
-    """`Mesh`'s, where sums run under products and the GPU at hand is of the size planned for."""
-    hardware = costs.setting.hardware
-    if not plan.overlap or not hardware.lanes or not torch.cuda.is_available():
+def _shares(
+    plan: Plan, costs: Costs, model: nn.Module, mesh: DeviceMesh | None
+) -> dict[int, Sharing]:
+    """How products and sums share a GPU, by degree: where the plan lets sums run under products, and
+    the GPU at hand is of the size planned for. None where ranks differ: a sum must be one for all."""
+    hardware, largest = costs.setting.hardware, max(model.parameters(), key=lambda p: p.numel())
+    found: dict[int, Sharing] = {}
+    if plan.overlap and hardware.lanes and torch.cuda.is_available():
+        if torch.cuda.get_device_properties().multi_processor_count == hardware.multiprocessors:
+            found = costs.shares(str(largest.dtype).removeprefix("torch."))
+    if mesh is None:
         return {}
-    if torch.cuda.get_device_properties().multi_processor_count != hardware.multiprocessors:
-        return {}
-    largest = max(model.parameters(), key=lambda p: p.numel())
-    return costs.rooms(str(largest.dtype).removeprefix("torch."))
+    known = _of_all_ranks(hashlib.sha256(repr(found).encode()).hexdigest(), mesh)
+    return found if bool((known[:, 1:] == known[0, 1:]).all()) else {}
 
 
 def _request(model: nn.Module, tp: int, degree: str | int, plan: Plan | None) -> Request:
@@ -277,14 +283,7 @@ def _check_ranks(digest_of_plan: str, mesh: DeviceMesh | None) -> None:
     """All ranks must have computed the same plan, before any weight is touched."""
     if mesh is None:
         return
-    digest = torch.tensor([dist.get_rank(), *bytes.fromhex(digest_of_plan)], dtype=torch.int64)
-    known = digest.to(mesh.device_type)[None]
-    for dim in reversed(range(mesh.ndim)):  # after the last dimension, every rank knows all
-        group = mesh.get_group(dim)
-        parts: list[Tensor] = [torch.empty_like(known) for _ in range(group.size())]
-        dist.all_gather(parts, known.contiguous(), group=group)
-        known = torch.cat(parts)
-    known = known[known[:, 0].argsort()].cpu()
+    known = _of_all_ranks(digest_of_plan, mesh)
     first = known[0]
     others = [str(int(row[0])) for row in known if not torch.equal(row[1:], first[1:])]
     if others:
@@ -292,3 +291,15 @@ def _check_ranks(digest_of_plan: str, mesh: DeviceMesh | None) -> None:
             f"rank(s) {', '.join(others)} computed another plan than rank {int(first[0])}: build the "
             "same model, with the same arguments, on every rank"
         )
+
+
+def _of_all_ranks(digest: str, mesh: DeviceMesh) -> Tensor:
+    """A row for each rank in the mesh, by rank: its number, and the bytes of its hexadecimal digest."""
+    own = torch.tensor([dist.get_rank(), *bytes.fromhex(digest)], dtype=torch.int64)
+    known = own.to(mesh.device_type)[None]
+    for dim in reversed(range(mesh.ndim)):  # after the last dimension, every rank knows all
+        group = mesh.get_group(dim)
+        parts: list[Tensor] = [torch.empty_like(known) for _ in range(group.size())]
+        dist.all_gather(parts, known.contiguous(), group=group)
+        known = torch.cat(parts)
+    return known[known[:, 0].argsort()].cpu()

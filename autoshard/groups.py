@@ -100,23 +100,51 @@ class SingleGroup:
         return "SingleGroup()"
 
 
-class Lane(NamedTuple):
-    """How a sum runs beside products, of which the first has at least so many columns.
+class Room(NamedTuple):
+    """What products leave to a sum that they run beside.
 
-    covers: columns of all products that take as long as the sum; those behind them leave no room.
-    process_group: whose collectives are as small as what is left to them.
-    left: multiprocessors that products leave alone, of as many as the GPU has.
+    columns: of the first product, from which on this is the best.
+    covers: of all products, that take as long as the sum: those behind them leave no room.
+    multiprocessors: that the sum's kernel takes.
+    left: that products leave alone.
     """
 
     columns: int
     covers: int
-    process_group: dist.ProcessGroup
+    multiprocessors: int
     left: int
+
+
+class Cut(NamedTuple):
+    """How a product of a contraction of at least `width` is summed: in pieces of the tokens, each under
+    the next one, which leaves it room or does not."""
+
+    width: int
+    pieces: int
+    leave: bool
+
+
+class Sharing(NamedTuple):
+    """How products and sums share a GPU, by rising columns and widths (`cost_model/lanes.py`)."""
+
+    rooms: tuple[Room, ...] = ()
+    cuts: tuple[Cut, ...] = ()
+
+
+class Lane(NamedTuple):
+    """Where a sum runs beside products that leave it room.
+
+    process_group: whose collectives are as small as what is left to them.
+    of: how many multiprocessors the GPU has.
+    """
+
+    room: Room
+    process_group: dist.ProcessGroup
     of: int
 
     def leave(self) -> None:
         """Products that this thread enqueues from now on leave room."""
-        leave_multiprocessors(self.left, self.of)
+        leave_multiprocessors(self.room.left, self.of)
 
     def take_back(self) -> None:
         """They leave none."""
@@ -130,15 +158,20 @@ class ProcessGroupComm:
     torch.compile functional collectives are used: torch 2.11 compiles an all-reduce in place,
     inside an autograd.Function, to one whose gradient is zero.
 
-    lanes: for sums that run beside products, by rising columns, the first from 0; none: the products
-        leave the sum no room.
+    lanes: for sums that run beside products, by rising columns, the first from 0 and on this process
+        group; none: the products leave the sum no room.
+    cuts: by rising widths; none: products are summed whole.
     """
 
     def __init__(
-        self, process_group: dist.ProcessGroup, stream: RandomStream, lanes: Sequence[Lane] = ()
+        self,
+        process_group: dist.ProcessGroup,
+        stream: RandomStream,
+        lanes: Sequence[Lane] = (),
+        cuts: Sequence[Cut] = (),
     ) -> None:
         self.process_group = process_group
-        self.lanes = tuple(lanes)
+        self.lanes, self.cuts = tuple(lanes), tuple(cuts)
         self._name: str = process_group.group_name
         self.number = next(_numbers)
         _numbered[self.number] = self
@@ -147,10 +180,10 @@ class ProcessGroupComm:
         self.degree: int = process_group.size()
         self.coordinate: int = process_group.rank()
 
-    def _note(self, collective: str, x: Tensor) -> None:
+    def _note(self, collective: str, x: Tensor, on: dist.ProcessGroup | None = None) -> None:
         """On a GPU Python only enqueues: somebody else has to see whether it ends."""
         if x.is_cuda:
-            pending.note(collective, self.ranks, self.process_group, x.get_device())
+            pending.note(collective, self.ranks, on or self.process_group, x.get_device())
 
     def all_reduce(self, x: Tensor, op: ReduceOp = "sum", *, inplace: bool = False) -> Tensor:
         """One all-reduce."""
@@ -171,8 +204,9 @@ class ProcessGroupComm:
         if torch.compiler.is_compiling():
             y = _functional.all_reduce(x, "sum", self._name)
             return lambda: _wait(y)
+        group = self.process_group if lane is None else lane.process_group
         try:  # a context manager takes as long as all of the rest
-            work = start_all_reduce(x, self.process_group if lane is None else lane.process_group)
+            work = start_all_reduce(x, group)
         except RuntimeError as error:
             raise failures.explanation_of(error, "all-reduce", self.ranks) from error
 
@@ -181,14 +215,18 @@ class ProcessGroupComm:
                 work.wait()
             except RuntimeError as error:
                 raise failures.explanation_of(error, "all-reduce", self.ranks) from error
-            self._note("all-reduce", x)
+            self._note("all-reduce", x, group)
             return x
 
         return wait
 
     def lane(self, columns: int) -> Lane | None:
         """The one for products of which the first has so many columns; None where there are none."""
-        return next((lane for lane in reversed(self.lanes) if lane.columns <= columns), None)
+        return next((lane for lane in reversed(self.lanes) if lane.room.columns <= columns), None)
+
+    def cut(self, width: int) -> Cut | None:
+        """How a product of this contraction is cut; None where it is not."""
+        return next((cut for cut in reversed(self.cuts) if cut.width <= width), None)
 
     def all_gather(self, x: Tensor) -> list[Tensor]:
         """One all-gather into one buffer, of which the results are views."""

@@ -17,6 +17,7 @@ PROFILES = Path(__file__).resolve().parent / "profiles"
 
 
 MOST_LANES = 2  # that a profile may have
+BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}  # of an element
 ATTENTION_KERNELS = ("causal", "full", "masked")
 # What a kernel that was not measured by name costs, in times that the result crosses the memory:
 # what it reads and writes at the least.

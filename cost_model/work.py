@@ -69,19 +69,21 @@ class Collective:
     """``all_reduce`` or ``all_gather`` of a tensor of so many bytes (whole) over ``degree`` ranks.
 
     under: products that it runs beside: of an input's gradient, those of the weights' gradients.
+    behind: the product that it sums, which may be cut in pieces that are summed under each other.
     """
 
     kind: str
     bytes: Size
     degree: Size
     under: tuple[Product, ...] = ()
+    behind: Product | None = None
 
 
 @dataclass(frozen=True)
 class SideBySide:
     """The gradients of several weights that one input is multiplied by, and of the input.
 
-    One product each where that moves less memory (``fused_ops.one_moves_less``), else one for each
+    One product each where that moves less memory (``products.one_moves_less``), else one for each
     weight. Attributes:
         of_input: the products whose sum is the gradient of the input, one for each weight.
         of_weights: the products that give the gradients of the weights.
@@ -173,7 +175,8 @@ class Workload:
 
 
 def one_after_other(workload: Workload) -> Workload:
-    """The same where no sum runs under products: a copy is summed first, each weight for itself."""
+    """The same where no sum runs under products: a copy is summed first, each weight for itself, and no
+    product is cut."""
     done: dict[int, Work] = {}
 
     def alone(work: Work) -> Work:
@@ -184,7 +187,14 @@ def one_after_other(workload: Workload) -> Workload:
                     items += [replace(item, under=()), Traffic(2 * item.bytes)]
                 elif not isinstance(item, (SideBySide, Without)):
                     items.append(item)
-            done[id(work)] = replace(work, backward=replace(work.backward, items=tuple(items)))
+            whole = tuple(
+                replace(item, behind=None) if isinstance(item, Collective) else item
+                for item in work.forward.items
+            )
+            forward = replace(work.forward, items=whole)
+            done[id(work)] = replace(
+                work, forward=forward, backward=replace(work.backward, items=tuple(items))
+            )
         return done[id(work)]
 
     def shared(one: Shared) -> Shared:

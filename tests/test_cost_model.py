@@ -36,11 +36,11 @@ from autoshard.cost_model.work import (
 )  # fmt: skip
 from autoshard.cost_model.work import again as repeated
 from autoshard.errors import PlanError
-from autoshard.fused_ops import side_by_side
 from autoshard.inputs import normalized_inputs
 from autoshard.passes.fuse import LINEARS
 from autoshard.pipeline import analyse, rewrite
 from autoshard.planning import Costs
+from autoshard.products import side_by_side
 from benchmarks.models import Mixed, Shape, build, tokens
 from tests.models import nanogpt
 from tests.models.huggingface import case

@@ -21,7 +21,7 @@ from torch.testing import assert_close
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import autoshard
-from autoshard import fused_ops, layer_function, ops
+from autoshard import beside, fused_ops, layer_function, ops
 from autoshard.bindings import bind
 from autoshard.derivatives import DERIVATIVES
 from autoshard.layer_function import Differentiated
@@ -463,7 +463,7 @@ def test_the_sum_runs_under_the_gradients_of_the_weights(
 
     body, _, made = layer
     body.values[0] = Recording()
-    monkeypatch.setattr(fused_ops, "_of_weight", noted("weight", fused_ops._of_weight))
+    monkeypatch.setattr(beside, "gradient_of_weight", noted("weight", beside.gradient_of_weight))
     made((), _leaves(body.values, [isinstance(v, Tensor) for v in body.values])).sum().backward()
     assert events == ["start", "weight", "wait"]
 

@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.debug import CommDebugMode
 
 import autoshard
-from autoshard import fused_ops, ops
+from autoshard import beside, fused_ops, ops, products
 from autoshard.bindings import BINDINGS, bind
 from autoshard.errors import UnsoundGraphError
 from autoshard.groups import Group
@@ -375,7 +375,7 @@ def test_column_linear(case: dict[str, Any]) -> None:
         else:
             y = ops.copy(x, group)
             made = tuple(
-                fused_ops._product(y, w, b, case["transposed"])
+                products.product(y, w, b, case["transposed"])
                 for w, b in zip(weights, biases, strict=True)
             )
         loss = sum(
@@ -411,7 +411,7 @@ def test_row_linear(case: dict[str, Any]) -> None:
         else:
             y = torch.zeros(())
             for x, weight, bias in zip(xs, weights, biases, strict=True):
-                z = ops.reduce(fused_ops._product(x, weight, None, case["transposed"]), group, True)
+                z = ops.reduce(products.product(x, weight, None, case["transposed"]), group, True)
                 y = y + (z if bias is None else z + bias)
         if y.requires_grad:
             (_values(30, *y.shape) * y).sum().backward()
@@ -496,12 +496,12 @@ def test_the_sum_runs_under_the_weights_gradients() -> None:
         y.sum().backward()
     assert events == ["backward", "start", "wait"]
     assert sum(e.name == "aten::mm" for e in profile.events() or []) == 2
-    original = fused_ops._of_weight
+    original = beside.gradient_of_weight
     try:
-        fused_ops._of_weight = lambda *args: events.append("weight") or original(*args)  # type: ignore[assignment, func-returns-value]
+        beside.gradient_of_weight = lambda *args: events.append("weight") or original(*args)  # type: ignore[assignment, func-returns-value]
         fused_ops.column_linear(x, group, (weight,), (None,), False)[0].sum().backward()
     finally:
-        fused_ops._of_weight = original
+        beside.gradient_of_weight = original
     assert events[3:] == ["start", "weight", "wait"]
 
 

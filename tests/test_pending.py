@@ -142,7 +142,7 @@ class Recorded(Event):
 def noted() -> list[str]:
     """The places of a step's collectives, noted as if tensors were on a GPU."""
 
-    def note(self: ProcessGroupComm, collective: str, x: torch.Tensor) -> None:
+    def note(self: ProcessGroupComm, collective: str, x: torch.Tensor, on: object = None) -> None:
         pending.note(collective, self.ranks, self.process_group, 0)
 
     x = torch.randn(3, 8, requires_grad=True)
