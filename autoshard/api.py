@@ -16,7 +16,7 @@ from autoshard.agreement import MODES
 from autoshard.capture import skeleton
 from autoshard.cost_model.hardware import Hardware
 from autoshard.errors import AutoshardError, PlanError, UnknownOperatorError
-from autoshard.groups import Sharing
+from autoshard.groups import Room
 from autoshard.inputs import Inputs, normalized_inputs
 from autoshard.mesh import Mesh, init_mesh
 from autoshard.module import LOGITS, ParallelModule
@@ -123,8 +123,8 @@ def parallelize(
         )
     _check_plan(made, tp, strict)
     _check_ranks(plan_hash(made, sharded), device_mesh)
-    shares = _shares(made, costs, model, device_mesh)
-    ranks = Mesh(device_mesh, tuple(made.degrees.values()), device=device, shares=shares)
+    rooms = _rooms(made, costs, model, device_mesh)
+    ranks = Mesh(device_mesh, tuple(made.degrees.values()), device=device, rooms=rooms)
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     agree({n: t for n, t in tensors.items() if not t.is_meta}, ranks)
     return ParallelModule(
@@ -202,16 +202,16 @@ def _costs(
     return Costs(program.analysis, tp, setting, target)
 
 
-def _shares(
+def _rooms(
     plan: Plan, costs: Costs, model: nn.Module, mesh: DeviceMesh | None
-) -> dict[int, Sharing]:
-    """How products and sums share a GPU, by degree: where the plan lets sums run under products, and
-    the GPU at hand is of the size planned for. None where ranks differ: a sum must be one for all."""
+) -> dict[int, tuple[Room, ...]]:
+    """What products leave to sums, by degree: where the plan lets sums run under products, and the GPU
+    at hand is of the size planned for. Nothing where ranks differ: a sum is on one communicator."""
     hardware, largest = costs.setting.hardware, max(model.parameters(), key=lambda p: p.numel())
-    found: dict[int, Sharing] = {}
+    found: dict[int, tuple[Room, ...]] = {}
     if plan.overlap and hardware.lanes and torch.cuda.is_available():
         if torch.cuda.get_device_properties().multi_processor_count == hardware.multiprocessors:
-            found = costs.shares(str(largest.dtype).removeprefix("torch."))
+            found = costs.rooms(str(largest.dtype).removeprefix("torch."))
     if mesh is None:
         return {}
     known = _of_all_ranks(hashlib.sha256(repr(found).encode()).hexdigest(), mesh)

@@ -1,33 +1,28 @@
-"""Products and sums over the ranks that run beside each other, and leave each other room on a GPU.
+"""The sum of an input's gradient over the ranks, beside the products that give the weights' gradients.
 
 A matmul for Hopper puts one block on every multiprocessor and gives each its share of the result at the
 start. Where NCCL's kernel holds 24 of 132, the blocks that find no place begin when all others have
 ended: as if nothing had run at once. So products are told to leave some (`groups.Lane`).
 
-What compiled graphs call are operators that they keep as they are: what a product is told lies between.
+Compiled graphs call all of it as one operator, which they keep as it is: what a product is told lies
+between.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, TypeGuard, cast
+from typing import TypeGuard
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from autoshard.groups import Cut, Group, Lane, ProcessGroupComm, numbered
-from autoshard.products import as_rows, gradient_of_input, gradient_of_weight, side_by_side
-
-LEAST_CUT = 2**25  # bytes of a product that is summed in pieces: less is mostly latency
+from autoshard.groups import Group, Lane, ProcessGroupComm, numbered
+from autoshard.products import gradient_of_input, gradient_of_weight, side_by_side
 
 
 def has_lanes(group: Group) -> TypeGuard[ProcessGroupComm]:
     """Whether products can leave room to this group's sums."""
     return isinstance(group, ProcessGroupComm) and bool(group.lanes)
-
-
-# -- backward: the sum of an input's gradient, beside the gradients of weights --------------------
 
 
 def gradients_begun(
@@ -104,84 +99,3 @@ def _(
     size = weights[0].shape[0 if transposed else 1]
     own = [weight for weight, train in zip(weights, trained, strict=True) if train]
     return [dys[0].new_empty(dys[0].shape[0], size), *(w.new_empty(w.shape) for w in own)]
-
-
-# -- forward: the sum of a product, in pieces ----------------------------------------------------
-
-
-def cut_of(group: Group, weights: Sequence[Tensor], transposed: bool) -> Cut | None:
-    """How the product by this weight is cut; None where it is summed whole."""
-    if len(weights) > 1 or not has_lanes(group):
-        return None
-    return group.cut(weights[0].shape[0 if transposed else 1])
-
-
-def summed_in_pieces(
-    x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool, group: ProcessGroupComm, cut: Cut
-) -> Tensor:
-    """The sum over the ranks of `x W + b`, in pieces of the tokens: each is summed under the next one.
-
-    x: [tokens, in]. Returns [tokens, out]; a small one is summed whole.
-    """
-    matrix = weight if transposed else weight.t()
-    y = x.new_empty(x.shape[0], matrix.shape[1])
-
-    def multiply(rows: Tensor, out: Tensor) -> None:
-        if bias is None:
-            torch.mm(rows, matrix, out=out)
-        else:
-            torch.addmm(bias, rows, matrix, out=out)
-
-    if y.nbytes < LEAST_CUT:
-        multiply(x, y)
-        return group.all_reduce(y, inplace=True)
-    (rows, out), *others = zip(x.chunk(cut.pieces), y.chunk(cut.pieces), strict=True)
-    multiply(rows, out)
-    running = [group.start_all_reduce(out)]
-    lane = group.lanes[0]
-    try:
-        if cut.leave:
-            lane.leave()
-        for rows, out in others:
-            multiply(rows, out)
-            running.append(group.start_all_reduce(out))
-    finally:
-        if cut.leave:
-            lane.take_back()
-    for wait in running:
-        wait()
-    return y
-
-
-@torch.library.custom_op("autoshard::product_in_pieces", mutates_args=())
-def product_in_pieces(x: Tensor, weight: Tensor, transposed: bool, number: int) -> Tensor:
-    """`summed_in_pieces` as one operator, without a bias. number: of the group."""
-    group = numbered(number)
-    cut = cut_of(group, [weight], transposed)
-    assert cut is not None
-    return summed_in_pieces(x, weight, None, transposed, group, cut)
-
-
-@product_in_pieces.register_fake
-def _(x: Tensor, weight: Tensor, transposed: bool, number: int) -> Tensor:
-    return x.new_empty(x.shape[0], weight.shape[1 if transposed else 0])
-
-
-class InPieces(torch.autograd.Function):
-    """`product_in_pieces` with its gradients: those of any product."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, transposed: bool, number: int) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        ctx.transposed = transposed
-        y = product_in_pieces(as_rows(x), weight, transposed, number)
-        return cast(Tensor, y.view(*x.shape[:-1], y.shape[-1]))
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight = ctx.saved_tensors
-        rows, needed = as_rows(dy), ctx.needs_input_grad
-        dx = gradient_of_input([rows], [weight], ctx.transposed).view(x.shape) if needed[0] else None
-        dweight = gradient_of_weight(as_rows(x), rows, ctx.transposed) if needed[1] else None
-        return dx, dweight, None, None

@@ -12,9 +12,6 @@ ranks have is added first, and summed over them once: sum_r a_r + sum_r b_r = su
 Where `column_linear` has several weights (q, k and v), the product that gives the input's gradient is
 one, of gradients and weights laid side by side, if that moves less memory (`side_by_side`).
 
-Where `row_linear`'s product takes long, it is computed in pieces of the tokens, each summed under the
-next one (`groups.Cut`).
-
 Both take a weight as `F.linear` does, [out, in], or transposed, [in, out], as `addmm` does. Under
 autocast they are the calls that they replace, which PyTorch casts one by one. Under torch.compile the
 bias is added after the sum, in the kernel of what comes next; and the products that leave a sum its
@@ -32,14 +29,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from autoshard import ops
-from autoshard.beside import (
-    InPieces,
-    column_products,
-    cut_of,
-    gradients_begun,
-    has_lanes,
-    summed_in_pieces,
-)
+from autoshard.beside import column_products, gradients_begun, has_lanes
 from autoshard.groups import Group
 from autoshard.products import as_rows, product
 
@@ -127,21 +117,12 @@ def row_linear(
         parts = [y if b is None else y + b for y, b in zip(parts, biases, strict=True)]
         return reduce(torch.add, parts)
     given = [b for b in biases if b is not None]
-    function: Any
-    cut = cut_of(group, weights, transposed)
     if torch.compiler.is_compiling():
-        if cut is not None and has_lanes(group):
-            function = InPieces
-            summed: Tensor = function.apply(first, weights[0], transposed, group.number)
-            return reduce(torch.add, given, summed)
         products = [product(x, w, None, transposed) for x, w in zip(xs, weights, strict=True)]
         return reduce(torch.add, given, ops.reduce(reduce(torch.add, products), group))
-    if cut is not None and has_lanes(group) and not torch.is_grad_enabled():
-        y = summed_in_pieces(as_rows(first), weights[0], _bias(given, group), transposed, group, cut)
-        return y if first.dim() == 2 else y.view(*first.shape[:-1], y.shape[-1])
     y = _parts(xs, group, weights, given, transposed)
     if torch.is_grad_enabled():
-        function = _Sum
+        function: Any = _Sum
         y = function.apply(y, group, *given) if given else ops.reduce(y, group, True)
     else:
         y = group.all_reduce(y, inplace=True)

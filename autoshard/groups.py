@@ -115,22 +115,6 @@ class Room(NamedTuple):
     left: int
 
 
-class Cut(NamedTuple):
-    """How a product of a contraction of at least `width` is summed: in pieces of the tokens, each under
-    the next one, which leaves it room or does not."""
-
-    width: int
-    pieces: int
-    leave: bool
-
-
-class Sharing(NamedTuple):
-    """How products and sums share a GPU, by rising columns and widths (`cost_model/lanes.py`)."""
-
-    rooms: tuple[Room, ...] = ()
-    cuts: tuple[Cut, ...] = ()
-
-
 class Lane(NamedTuple):
     """Where a sum runs beside products that leave it room.
 
@@ -160,18 +144,13 @@ class ProcessGroupComm:
 
     lanes: for sums that run beside products, by rising columns, the first from 0 and on this process
         group; none: the products leave the sum no room.
-    cuts: by rising widths; none: products are summed whole.
     """
 
     def __init__(
-        self,
-        process_group: dist.ProcessGroup,
-        stream: RandomStream,
-        lanes: Sequence[Lane] = (),
-        cuts: Sequence[Cut] = (),
+        self, process_group: dist.ProcessGroup, stream: RandomStream, lanes: Sequence[Lane] = ()
     ) -> None:
         self.process_group = process_group
-        self.lanes, self.cuts = tuple(lanes), tuple(cuts)
+        self.lanes = tuple(lanes)
         self._name: str = process_group.group_name
         self.number = next(_numbers)
         _numbered[self.number] = self
@@ -223,10 +202,6 @@ class ProcessGroupComm:
     def lane(self, columns: int) -> Lane | None:
         """The one for products of which the first has so many columns; None where there are none."""
         return next((lane for lane in reversed(self.lanes) if lane.room.columns <= columns), None)
-
-    def cut(self, width: int) -> Cut | None:
-        """How a product of this contraction is cut; None where it is not."""
-        return next((cut for cut in reversed(self.cuts) if cut.width <= width), None)
 
     def all_gather(self, x: Tensor) -> list[Tensor]:
         """One all-gather into one buffer, of which the results are views."""

@@ -16,7 +16,7 @@ from torch.distributed.tensor import Placement, Replicate, Shard
 
 from autoshard.compat import inherit_timeout
 from autoshard.failures import answer_roll_calls
-from autoshard.groups import Group, Lane, ProcessGroupComm, Room, Sharing, SingleGroup
+from autoshard.groups import Group, Lane, ProcessGroupComm, Room, SingleGroup
 from autoshard.random_streams import RandomStream, group_seed
 
 
@@ -207,7 +207,7 @@ class Mesh:
     degrees: all that the plan uses, the same on every rank; 1 and tp are always there.
     seed: of the random streams; `torch.initial_seed()` of the first rank if not given.
     device: of one process without a mesh; a GPU if there is one, where not given.
-    shares: degree -> how products and sums share a GPU; of NCCL's groups alone.
+    rooms: degree -> what products leave to sums beside them; of NCCL's groups alone.
 
     All ranks of the world construct it together: it creates process groups. It is built from
     `device_mesh`; raises ValueError for degrees that do not divide tp, or that need more process
@@ -220,7 +220,7 @@ class Mesh:
         degrees: Iterable[int],
         seed: int | None = None,
         device: torch.device | str | None = None,
-        shares: Mapping[int, Sharing] = MappingProxyType({}),
+        rooms: Mapping[int, Sequence[Room]] = MappingProxyType({}),
     ) -> None:
         self.device_mesh = device_mesh
         self.tp: int = 1 if device_mesh is None else device_mesh.size(device_mesh.ndim - 1)
@@ -241,7 +241,7 @@ class Mesh:
             self.device = torch.device("cuda", torch.cuda.current_device())
         self.seed = self._agree_on(torch.initial_seed() % 2**63 if seed is None else seed)
         self._groups = {
-            degree: self._make_group(degree, shares.get(degree, Sharing())) for degree in self.degrees
+            degree: self._make_group(degree, rooms.get(degree, ())) for degree in self.degrees
         }
 
     def _make_tp_mesh(self, device_mesh: DeviceMesh) -> DeviceMesh:
@@ -260,7 +260,7 @@ class Mesh:
             inherit_timeout(whole.get_group(name), self.device)
         return whole[names]
 
-    def _make_group(self, degree: int, sharing: Sharing) -> Group:
+    def _make_group(self, degree: int, rooms: Sequence[Room]) -> Group:
         dims = dims_of_degree(self.tp, self.shape, degree)
         place = coordinate(self.tp_rank, self.shape, dims)
         stream = RandomStream(group_seed(self.seed, self._replica(), degree, place))
@@ -273,18 +273,17 @@ class Mesh:
         else:
             process_group = self._new_process_group(dims)
         if self.device.type != "cuda" or dist.get_backend(process_group) != "nccl":
-            return ProcessGroupComm(process_group, stream)
-        lanes = self._make_lanes(process_group, dims, sharing.rooms)
-        return ProcessGroupComm(process_group, stream, lanes, sharing.cuts)
+            rooms = ()
+        return ProcessGroupComm(process_group, stream, self._make_lanes(process_group, dims, rooms))
 
     def _make_lanes(
         self, process_group: dist.ProcessGroup, dims: Sequence[int], rooms: Sequence[Room]
     ) -> list[Lane]:
         """The first is the group's own; others have process groups whose kernels are as small."""
         assert self.device_mesh is not None
-        of = torch.cuda.get_device_properties(self.device).multi_processor_count
         found: list[Lane] = []
         for room in rooms:
+            of = torch.cuda.get_device_properties(self.device).multi_processor_count
             if not found:
                 found.append(Lane(room, process_group, of))
             elif self.device_mesh.size() == dist.get_world_size():

@@ -17,10 +17,9 @@ from torch.utils import _pytree as pytree
 
 from autoshard.analysis import Analysis
 from autoshard.assignment import Assignment
-from autoshard.beside import LEAST_CUT
 from autoshard.cost_model.formulas import as_one, one_by_one, seconds
 from autoshard.cost_model.hardware import Hardware, at_hand, load
-from autoshard.cost_model.lanes import sharing
+from autoshard.cost_model.lanes import rooms
 from autoshard.cost_model.model import OPTIMIZERS, CostModel, Setting
 from autoshard.cost_model.search import NoFit
 from autoshard.cost_model.work import (
@@ -34,7 +33,7 @@ from autoshard.cost_model.work import (
     one_after_other,
 )
 from autoshard.errors import PlanError
-from autoshard.groups import Room, Sharing
+from autoshard.groups import Room
 from autoshard.inputs import Inputs
 from autoshard.passes.assign_degrees import Request, assign_degrees
 from autoshard.passes.workload import input_sizes, workload
@@ -202,17 +201,16 @@ class Costs:
             return True, times
         return False, f"predicted to win nothing on {self.setting.hardware.name}: {times}"
 
-    def shares(self, dtype: str) -> dict[int, Sharing]:
-        """Degree -> how products of a dtype and the sums beside them share a device."""
+    def rooms(self, dtype: str) -> dict[int, tuple[Room, ...]]:
+        """Degree -> what products of a dtype leave to the sums that they run beside."""
         split = [degree for degree in range(2, self.tp + 1) if self.tp % degree == 0]
-        return {degree: sharing(self.setting.hardware, degree, dtype) for degree in split}
+        return {degree: rooms(self.setting.hardware, degree, dtype) for degree in split}
 
     def mechanisms(self, degrees: Mapping[str, int]) -> tuple[str, ...]:
         """What runs as one where the model has several: products side by side, sums that are added."""
         names: dict[tuple[float, float], list[str]] = {}
         sums: dict[str, set[int]] = {}
         left: dict[int, list[str]] = {}
-        cut: dict[int, list[str]] = {}
         for unit in self.model.workload.units:
             degree = degrees[unit.name]
             for item in unit.work[degree].backward.items:
@@ -227,9 +225,6 @@ class Costs:
                     )
                     if taken == one:
                         names.setdefault((one, each), []).append(unit.name)
-            for item in unit.work[degree].forward.items:
-                if isinstance(item, Collective) and (pieces := self._pieces(item, degree)) > 1:
-                    cut.setdefault(pieces, []).append(unit.name)
             for (value, own), shared in unit.shared.items():
                 if not shared.backward and own == degree:
                     sums.setdefault(value, set()).add(degree)
@@ -244,11 +239,6 @@ class Costs:
             f"{', '.join(folded(found))}"
             for count, found in left.items()
         ]
-        lines += [
-            f"products are computed in {count} pieces, each summed under the next one, in "
-            f"{', '.join(folded(found))}"
-            for count, found in cut.items()
-        ]
         joined = sum(len(degrees) == 1 for degrees in sums.values())
         if joined:
             lines.append(f"results that are added are summed over the ranks once, {joined} times")
@@ -257,16 +247,8 @@ class Costs:
     def _room(self, product: Product, degree: int) -> Room | None:
         """What this product leaves to the sum beside it."""
         columns = self.model.evaluate(product.n, degree)
-        found = sharing(self.setting.hardware, degree, product.dtype).rooms
+        found = rooms(self.setting.hardware, degree, product.dtype)
         return next((room for room in reversed(found) if room.columns <= columns), None)
-
-    def _pieces(self, item: Collective, degree: int) -> int:
-        """In how many pieces the product behind this sum is computed."""
-        if item.behind is None or self.model.evaluate(item.bytes, degree) < LEAST_CUT:
-            return 1
-        width = self.model.evaluate(item.behind.k, degree)
-        cuts = sharing(self.setting.hardware, degree, item.behind.dtype).cuts
-        return next((cut.pieces for cut in reversed(cuts) if cut.width <= width), 1)
 
     def _no_fit(self, miss: NoFit) -> str:
         rest, limit = self.model.rest.memory_per_rank, self.setting.memory

@@ -8,8 +8,6 @@
     all-gather   latency log2(d) + (d-1)/d bytes / bus
     beside products of t seconds, a collective of c:   c - overlap min(c, t)
         where products leave it some multiprocessors and take s t:   max(c', s t) - t, if that is less
-    in p pieces of tokens, each summed under the next, a product of t seconds:
-        max((p-1)/p s t, (p-1) c'/p) + t/p + c/p - t, from a width on (`lanes.py`)
     n weights of one input, gradients:   2 n products, and the input's read again for all but the first;
         where that moves less memory, 2 products of all columns, and the columns laid side by side
 
@@ -26,9 +24,7 @@ from typing import Any, TypeAlias
 
 import sympy
 
-from autoshard.beside import LEAST_CUT
 from autoshard.cost_model.hardware import BYTES, MOST_LANES, Hardware
-from autoshard.cost_model.lanes import CUTS
 from autoshard.cost_model.work import (
     Attention,
     Collective,
@@ -52,8 +48,6 @@ LATENCY, BUS = sympy.symbols("latency bus", positive=True)
 OVERLAP = sympy.Symbol("overlap", nonnegative=True)
 # Of each lane: c / c' without latency, and s. A machine that has fewer has some that never win.
 LANES = tuple(sympy.symbols(f"lane{i}_share lane{i}_slower", positive=True) for i in range(MOST_LANES))
-CUT = sympy.Symbol("cut", positive=True)  # 1 where products are cut in pieces, else more than any width
-NEVER = 1e30
 PHASES = ("forward", "backward")
 
 COMPUTE, MEMORY, COMMUNICATION = "compute", "memory traffic", "communication"
@@ -84,12 +78,10 @@ def seconds(item: Item) -> Expr:
         case Traffic(size, operator, backward):
             times = sympy.Symbol(f"{operator}_{PHASES[backward]}", positive=True) if operator else 1
             return times * size / BANDWIDTH + KERNEL
-        case Collective(kind, size, degree, under, behind):
+        case Collective(kind, size, degree, under):
             ways = 2 if kind == "all_reduce" else 1
             hops = sympy.log(degree) / sympy.log(2)
             start, sent = LATENCY * hops, ways * (degree - 1) * size / (degree * BUS)
-            if behind is not None:
-                return _in_pieces(item, start, sent)
             return _beside(start, sent, device(under)) if under else start + sent
         case SideBySide():
             return sympy.Piecewise((as_one(item), moves_less(item)), (one_by_one(item), True))
@@ -105,26 +97,6 @@ def _beside(start: Expr, sent: Expr, products: Expr) -> Expr:
         for share, slower in LANES
     ]
     return sympy.Min(own - OVERLAP * sympy.Min(own, products), *lanes, evaluate=False)
-
-
-def _in_pieces(item: Collective, start: Expr, sent: Expr) -> Expr:
-    """What the sum of a product adds to it, whole or in pieces (`fused_ops.row_linear`)."""
-    product = item.behind
-    assert product is not None
-    t, (share, slower) = seconds(product), LANES[0]
-    # The width of a product that takes as long as its sum.
-    each = BYTES.get(product.dtype, 4) * _rate(product.dtype)
-    equal = CUT * (item.degree - 1) / item.degree * each / BUS
-    ways = [(start + sent, sympy.Or(product.k < CUTS[0][0] * equal, item.bytes < LEAST_CUT))]
-    for place, (_, pieces, leave) in enumerate(CUTS):
-        rest, others, last = t * (pieces - 1) / pieces, pieces - 1, start + sent / pieces
-        if leave:
-            beside = sympy.Max(rest * slower, others * (start + sent / pieces / share), evaluate=False)
-        else:
-            beside = rest + others * last - OVERLAP * sympy.Min(others * last, rest)
-        upper = product.k < CUTS[place + 1][0] * equal if place + 1 < len(CUTS) else True
-        ways.append((beside - rest + last, upper))
-    return sympy.Piecewise(*ways)
 
 
 def moves_less(item: SideBySide) -> Any:
@@ -191,7 +163,6 @@ def constants(hardware: Hardware, degree: int) -> dict[str, float]:
         for name, pair in table.items():
             for way, value in zip(PHASES, pair, strict=True):
                 values[f"{prefix}{name}_{way}"] = value
-    values["cut"] = 1.0 if hardware.lanes else NEVER
     values["latency"] = values["bus"] = 1.0
     if degree > 1:
         link = hardware.link(degree)

@@ -187,8 +187,7 @@ def work_of(op: Operator, reduced: str = "") -> Work:
         for counter, way in zip(hosts, ("forward", "backward"), strict=True):
             counter["kernel"] += LOSS_LAUNCHES[way]
     elif reduced:
-        own = next((i for i in forward if isinstance(i, Product)), None) if by_weight(op) else None
-        forward.append(Collective("all_reduce", op.bytes, D, behind=own))
+        forward.append(Collective("all_reduce", op.bytes, D))
         hosts[0]["collective"] += 1
         # The bias is added once: in the first rank's product, or after the all-reduce.
         if not by_weight(op) and any(_is_bias(op, o) for o in op.operands):

@@ -69,14 +69,12 @@ class Collective:
     """``all_reduce`` or ``all_gather`` of a tensor of so many bytes (whole) over ``degree`` ranks.
 
     under: products that it runs beside: of an input's gradient, those of the weights' gradients.
-    behind: the product that it sums, which may be cut in pieces that are summed under each other.
     """
 
     kind: str
     bytes: Size
     degree: Size
     under: tuple[Product, ...] = ()
-    behind: Product | None = None
 
 
 @dataclass(frozen=True)
@@ -175,8 +173,7 @@ class Workload:
 
 
 def one_after_other(workload: Workload) -> Workload:
-    """The same where no sum runs under products: a copy is summed first, each weight for itself, and no
-    product is cut."""
+    """The same where no sum runs under products: a copy is summed first, each weight for itself."""
     done: dict[int, Work] = {}
 
     def alone(work: Work) -> Work:
@@ -187,14 +184,7 @@ def one_after_other(workload: Workload) -> Workload:
                     items += [replace(item, under=()), Traffic(2 * item.bytes)]
                 elif not isinstance(item, (SideBySide, Without)):
                     items.append(item)
-            whole = tuple(
-                replace(item, behind=None) if isinstance(item, Collective) else item
-                for item in work.forward.items
-            )
-            forward = replace(work.forward, items=whole)
-            done[id(work)] = replace(
-                work, forward=forward, backward=replace(work.backward, items=tuple(items))
-            )
+            done[id(work)] = replace(work, backward=replace(work.backward, items=tuple(items)))
         return done[id(work)]
 
     def shared(one: Shared) -> Shared:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -17,9 +16,9 @@ from autoshard import api, beside, fused_ops, groups
 from autoshard.cost_model.formulas import constants, seconds
 from autoshard.cost_model.hardware import Hardware, load
 from autoshard.cost_model.hardware import Lane as Shared
-from autoshard.cost_model.lanes import CUTS, sharing
+from autoshard.cost_model.lanes import rooms
 from autoshard.cost_model.work import Collective, D, Product
-from autoshard.groups import Cut, Lane, ProcessGroupComm, Room, Sharing
+from autoshard.groups import Lane, ProcessGroupComm, Room
 from autoshard.mesh import init_mesh
 from autoshard.random_streams import RandomStream
 from tests.distributed import run_distributed
@@ -41,7 +40,7 @@ def exposed(hardware: Hardware, columns: int, degree: int) -> float:
 def test_the_room_is_the_one_of_least_time(name: str, degree: int) -> None:
     """On both sides of the border the formula takes the lane that the step takes."""
     machine = load(name)
-    first, second = sharing(machine, degree, "bfloat16").rooms
+    first, second = rooms(machine, degree, "bfloat16")
     wide, narrow = machine.lanes
     assert first.columns == 0 and first[2:] == (wide.multiprocessors, wide.left)
     assert second[2:] == (narrow.multiprocessors, narrow.left)
@@ -55,9 +54,7 @@ def test_the_room_is_the_one_of_least_time(name: str, degree: int) -> None:
 def test_products_cover_the_sum() -> None:
     """With fewer columns the sum is the longer one, with more the products are."""
     machine = replace(load("h200"), kernel=0.0, overlap=0.0)
-    for lane, room in zip(
-        machine.lanes, sharing(machine, 2, "bfloat16").rooms, strict=True
-    ):
+    for lane, room in zip(machine.lanes, rooms(machine, 2, "bfloat16"), strict=True):
         own = replace(machine, lanes=(lane,))
         seconds_of_sum = exposed(own, 1, 2)
         for columns in (room.covers * 95 // 100, room.covers * 105 // 100):
@@ -85,9 +82,9 @@ def test_seconds_by_hand() -> None:
 
 def test_nothing_to_share() -> None:
     """One rank, a machine without lanes, one without links."""
-    assert sharing(load("h200"), 1, "bfloat16") == Sharing()
+    assert rooms(load("h200"), 1, "bfloat16") == ()
     for name in ("v100", "a100", "cpu", "h200-x1"):
-        assert sharing(load(name), 2, "bfloat16") == Sharing()
+        assert rooms(load(name), 2, "bfloat16") == ()
 
 
 class Process:
@@ -129,7 +126,7 @@ def _group(events: list[Any]) -> ProcessGroupComm:
     wide: Any = Process(events, "wide")
     narrow: Any = Process(events, "narrow")
     lanes = Lane(Room(0, 6, 24, 32), wide, 132), Lane(Room(10, 30, 8, 8), narrow, 132)
-    return ProcessGroupComm(wide, RandomStream(0), lanes, (Cut(4, 3, True), Cut(8, 2, False)))
+    return ProcessGroupComm(wide, RandomStream(0), lanes)
 
 
 @pytest.mark.parametrize(
@@ -175,78 +172,14 @@ def test_room_is_taken_back_where_a_product_fails(
     assert told == ["wide", 32, 0]
 
 
-@pytest.mark.parametrize("transposed", [False, True])
-@pytest.mark.parametrize("biased", [False, True])
-@pytest.mark.parametrize(
-    ("width", "expected"),
-    [
-        (4, ["mm", "wide", 32, "mm", "wide", "mm", "wide", 0, "wait", "wait", "wait"]),
-        (8, ["mm", "wide", "mm", "wide", "wait", "wait"]),
-        (3, ["wide"]),
-    ],
-)
-def test_each_piece_is_summed_under_the_next(
-    width: int, expected: list[Any], biased: bool, transposed: bool, told: list[Any],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
-    """The same numbers; a small product, and one of few columns, is summed whole."""
-    monkeypatch.setattr(beside, "LEAST_CUT", 0)
-    monkeypatch.setattr(groups, "all_reduce", lambda x, op, group: told.append(group.group_name))
-    x, weight, bias = torch.randn(2, 4, width), torch.randn(5, width), torch.randn(5)
-    given = weight.t().contiguous() if transposed else weight
-    with monkeypatch.context() as patch, torch.no_grad():
-        for name, call in (("mm", torch.mm), ("addmm", torch.addmm)):
-            noted = lambda *args, call=call, **kw: (kw and told.append("mm")) or call(*args, **kw)  # noqa: E731
-            patch.setattr(torch, name, noted)
-        group = _group(told)
-        y = fused_ops.row_linear((x,), group, (given,), (bias if biased else None,), transposed)
-        assert told == expected
-        monkeypatch.setattr(beside, "LEAST_CUT", 4 * 8 * 5 + 1)
-        told.clear()
-        small = fused_ops.row_linear((x,), group, (given,), (bias if biased else None,), transposed)
-        assert told == (["mm", "wide"] if width > 3 else ["wide"])
-    for found in (y, small):
-        torch.testing.assert_close(found, x @ weight.t() + (bias if biased else 0))
-
-
-@pytest.mark.parametrize("degree", [2, 8])
-def test_pieces_by_hand(degree: int) -> None:
-    """What a sum adds to its product, where it is cut in three, in two, and not at all."""
-    machine = replace(load("h200"), kernel=0.0)
-    values = constants(machine, degree) | {"d": degree, "m0": 0.0, "n0": 0.0, "k0": 0.0}
-    link, lane = machine.link(degree), machine.lanes[0]
-    cuts = sharing(machine, degree, "bfloat16").cuts
-    start = link.latency * math.log2(degree)
-
-    def added(width: int, rows: int) -> tuple[float, float, float]:
-        item = Collective(
-            "all_reduce", 2 * rows * SIZE, D, behind=Product(1, rows, SIZE, width, "bfloat16")
-        )
-        formula = seconds(item)
-        number = formula.xreplace({s: sympy.Float(values[s.name]) for s in formula.free_symbols})
-        t = 2 * rows * SIZE * width / machine.rate("bfloat16")
-        return float(number), t, 2 * (degree - 1) / degree * 2 * rows * SIZE / link.bandwidth
-
-    found, t, c = added(cuts[0].width - 1, TOKENS)
-    assert t / c == pytest.approx(CUTS[0][0], rel=0.01) and found == pytest.approx(start + c)
-    found, t, c = added(cuts[0].width, TOKENS)
-    rest = max(t * 2 / 3 * lane.slower, 2 * (start + c / 3 / lane.share))
-    assert found == pytest.approx(t / 3 + rest + start + c / 3 - t) and found < 0.8 * c
-    found, t, c = added(cuts[1].width, TOKENS)
-    piece = start + c / 2
-    assert found == pytest.approx(2 * piece - machine.overlap * min(piece, t / 2))
-    found, t, c = added(cuts[0].width, beside.LEAST_CUT // 2 // SIZE - 1)
-    assert found == pytest.approx(start + c)
-
-
-def _agreed(names: tuple[str, str]) -> list[dict[int, Sharing]]:
+def _agreed(names: tuple[str, str]) -> list[dict[int, tuple[Room, ...]]]:
     """What ranks of these machines agree on, and a rank whose GPU is of another size."""
     mesh = init_mesh(2, device="cpu")
     model, plan = torch.nn.Linear(3, 3).bfloat16(), SimpleNamespace(overlap=True)
     machine = load(names[dist.get_rank()])
     costs = SimpleNamespace(
         setting=SimpleNamespace(hardware=machine),
-        shares=lambda dtype: {2: sharing(machine, 2, dtype)},
+        rooms=lambda dtype: {2: rooms(machine, 2, dtype)},
     )
     found = []
     for size in (132, 108):
@@ -255,15 +188,15 @@ def _agreed(names: tuple[str, str]) -> list[dict[int, Sharing]]:
             mock.patch.object(torch.cuda, "is_available", lambda: True),
             mock.patch.object(torch.cuda, "get_device_properties", lambda p=properties: p),
         ):
-            found.append(api._shares(plan, costs, model, mesh))  # type: ignore[arg-type]
+            found.append(api._rooms(plan, costs, model, mesh))  # type: ignore[arg-type]
     return found
 
 
 @pytest.mark.slow
-def test_ranks_share_alike_or_not_at_all() -> None:
-    """A sum is one for all ranks: on one communicator, in as many pieces."""
-    expected = {2: sharing(load("h200"), 2, "bfloat16")}
-    assert expected[2].rooms and expected[2].cuts
+def test_ranks_leave_the_same_room_or_none() -> None:
+    """A sum is on one communicator for all of them."""
+    expected = {2: rooms(load("h200"), 2, "bfloat16")}
+    assert expected[2]
     assert run_distributed(_agreed, 2, ("h200", "h200")) == [[expected, {}]] * 2
-    assert sharing(load("h100"), 2, "bfloat16") != expected[2]
+    assert rooms(load("h100"), 2, "bfloat16") != expected[2]
     assert run_distributed(_agreed, 2, ("h100", "h200")) == [[{}, {}]] * 2
