@@ -7,11 +7,12 @@ from typing import Any
 
 import numpy as np
 
-from autoshard.cost_model.hardware import LEAST_PASSES, Hardware, Link
+from autoshard.cost_model.hardware import LEAST_PASSES, Hardware, Link, preset_of
 
 
 def fit(measured: Mapping[str, Any], name: str, date: str) -> Hardware:
-    """The constants that explain what ``measure`` found.
+    """The constants that explain what ``measure`` found; lanes, which it does not try, are those of the
+    device's preset.
 
     Raises:
         ValueError: too few measurements that the device, not the host, took the time of.
@@ -28,6 +29,7 @@ def fit(measured: Mapping[str, Any], name: str, date: str) -> Hardware:
     host["step"] = (0.0, min(1e-4, host["step"][1]))
     attention, attention_error = _attention(measured["attention"])
     links, link_error = _links(measured["collectives"])
+    preset = preset_of(measured["device"])
     return Hardware(
         name=name,
         device=measured["device"],
@@ -41,6 +43,8 @@ def fit(measured: Mapping[str, Any], name: str, date: str) -> Hardware:
         host=host,
         links=links,
         overlap=float(measured.get("overlap", 0.0)),
+        multiprocessors=preset.multiprocessors if preset else 0,
+        lanes=preset.lanes if preset else (),
         source="autoshard calibrate",
         date=date,
         versions=dict(measured["versions"]),

@@ -209,6 +209,13 @@ def _read(path: Path) -> Hardware:
         raise HardwareError(f"{path}: field 'links' must be a list of objects, is {links!r}")
     if not isinstance(lanes, list) or not all(isinstance(lane, dict) for lane in lanes):
         raise HardwareError(f"{path}: field 'lanes' must be a list of objects, is {lanes!r}")
+    device_has = int(number("multiprocessors", document.get("multiprocessors", 0)))
+    for i, lane in enumerate(lanes):
+        if positive(f"lanes.{i}.left", lane.get("left")) >= device_has:
+            raise HardwareError(
+                f"{path}: field 'lanes.{i}.left' must be less than the {device_has} multiprocessors of "
+                f"the device, is {lane['left']}"
+            )
     if len(lanes) > MOST_LANES:
         raise HardwareError(f"{path}: field 'lanes' must be at most {MOST_LANES}, are {len(lanes)}")
     for kernel in ATTENTION_KERNELS:
@@ -239,11 +246,11 @@ def _read(path: Path) -> Hardware:
         tile=(int(positive("tile", tile[0])), int(positive("tile", tile[1]))),
         processors=int(positive("processors", processors)),
         overlap=min(1.0, number("overlap", document.get("overlap", 0.0), -math.inf)),
-        multiprocessors=int(number("multiprocessors", document.get("multiprocessors", 0))),
+        multiprocessors=device_has,
         lanes=tuple(
             Lane(
                 int(positive(f"lanes.{i}.multiprocessors", lane.get("multiprocessors"))),
-                int(positive(f"lanes.{i}.left", lane.get("left"))),
+                int(lane["left"]),
                 number(f"lanes.{i}.slower", lane.get("slower"), 1.0),
                 positive(f"lanes.{i}.share", lane.get("share")),
             )
@@ -266,9 +273,10 @@ def at_hand() -> Hardware:
     """The profile of the GPU at hand, else ``h100``."""
     import torch
 
-    if torch.cuda.is_available():
-        name = torch.cuda.get_device_name().lower()
-        for preset in presets():
-            if preset in name:
-                return load(preset)
-    return load("h100")
+    found = preset_of(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
+    return found or load("h100")
+
+
+def preset_of(device: str) -> Hardware | None:
+    """The preset of a device, by what its driver calls it."""
+    return next((load(preset) for preset in presets() if preset in device.lower()), None)

@@ -77,6 +77,9 @@ def test_saved_and_read(tmp_path: Path) -> None:
     assert load(str(tmp_path / "mine.json")) == again
 
 
+LANE = {"multiprocessors": 24, "left": 32, "slower": 1.2, "share": 0.8}
+
+
 @pytest.mark.parametrize(
     ("field", "value"),
     [
@@ -93,6 +96,12 @@ def test_saved_and_read(tmp_path: Path) -> None:
         ("links", {"ranks": 8}),
         ("links", [{"ranks": 8, "latency": 1e-5, "bandwidth": 0}]),
         ("tile", [128]),
+        ("lanes", {"left": 8}),
+        ("lanes", [LANE] * 3),
+        ("lanes", [LANE | {"slower": 0.9}]),
+        ("lanes", [LANE | {"share": 0}]),
+        ("lanes", [LANE | {"left": 132}]),
+        ("multiprocessors", 8),
         ("autoshard_hardware", 2),
     ],
 )
@@ -185,6 +194,8 @@ def test_presets_are_the_fit_of_what_was_measured(file: str, name: str) -> None:
     assert preset.fill == same(found.fill) and preset.bandwidth == same(found.bandwidth)
     for mine, theirs in zip(preset.links, found.links, strict=False):
         assert astuple(mine) == same(astuple(theirs))
+    if preset.lanes:  # not measured: those of the preset of this GPU
+        assert (found.lanes, found.multiprocessors) == (preset.lanes, preset.multiprocessors)
     assert preset.attention.keys() == found.attention.keys()
     for kernel, rates in found.attention.items():
         assert preset.attention[kernel] == same(rates)
