@@ -33,6 +33,8 @@
   traced with.
 - ``_dispatch_tls_set_dispatch_key_excluded`` (torch 2.13): an operator of our own runs below autograd;
   one whose backward runs a forward once more needs it there.
+- ``DelayedError`` (torch 2.11, 2.13): what ``once_differentiable`` gives, which raises where it is
+  differentiated.
 - ``UntypedStorage._cdata`` (torch 2.11, 2.13): which traced tensors share memory. Traced storages have
   no address, and storages do not compare.
 - ``torch._C.DispatchKey`` (torch 2.11, 2.13): which operators are written in others. Their results may
@@ -215,6 +217,7 @@ def gradients_of(
     nodes: Sequence[Any],
     grads: Sequence[Tensor | None],
     alone: tuple[int, int] | None = None,
+    others: Sequence[Tensor | None] = (),
 ) -> list[Tensor | None]:
     """Inside of a backward pass: shares' gradients -> what it returns for the parameters.
 
@@ -225,10 +228,11 @@ def gradients_of(
         nodes: of the parameters, in autograd's graph; None of one that needs no gradient.
         grads: None where there is none.
         alone: the `_holders` of a gradient that is nobody else's; of one made in this pass by default.
+        others: gradients that the pass goes on with, whose memory no `.grad` may take.
     """
     alone = alone or _holders_of_made()
     result: list[Tensor | None] = []
-    seen: set[int] = set()
+    seen: set[int] = {id(other) for other in others if other is not None}
     at_once = _is_whole_backward(nodes, grads)
     for grad, share, spec, node in zip(
         grads, parameters.shares, parameters.specs, nodes, strict=True
@@ -286,8 +290,8 @@ def _holders_of_given() -> tuple[int, int]:
 def _is_whole_backward(nodes: Sequence[Any], grads: Sequence[Tensor | None]) -> bool:
     """Whether ``.backward()`` runs, not ``autograd.grad``, and in the stream that its end waits for."""
     first = next((g for g in grads if g is not None), None)
-    if first is None or first.requires_grad or torch.compiler.is_compiling():
-        return False
+    if first is None or first.requires_grad or torch.compiler.is_compiling() or backward_is_kept():
+        return False  # kept: with create_graph=True `.grad` is a function of what it was computed from
     if first.is_cuda:
         if torch._C._cuda_getCurrentStream(first.device.index)[0] != 0:
             return False
@@ -307,6 +311,7 @@ def _accumulated(node: Any, grad: Tensor, spec: DTensorSpec) -> bool:
     parameter = getattr(node, "variable", None)
     if (
         parameter is None  # no parameter: computed from one
+        or not parameter.requires_grad  # not any more
         or parameter._backward_hooks
         or parameter._post_accumulate_grad_hooks
         or parameter.grad_dtype is not grad.dtype
@@ -335,6 +340,25 @@ def _new_dtensor(share: Tensor, spec: DTensorSpec) -> DTensor:
     """``DTensor(share, spec, requires_grad=False)`` past ``__init__``, which does nothing, in 4 us."""
     made: DTensor = DTensor.__new__(DTensor, share, spec, requires_grad=False)
     return made
+
+
+def once(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """``once_differentiable`` for a backward pass that reads what was kept: as its gradients depend on
+    that, to differentiate them is an error too where the gradients that it is given are constants."""
+
+    @functools.wraps(backward)
+    def wrapper(ctx: Any, *grads: Tensor | None) -> Any:
+        if not torch.is_grad_enabled():
+            return backward(ctx, *grads)
+        with torch.no_grad():
+            found = backward(ctx, *grads)
+        refuse: Any = torch._C._functions.DelayedError(
+            b"trying to differentiate twice a function that was marked with @once_differentiable",
+            len(found),
+        )
+        return refuse(*(g if g is None else g.detach().requires_grad_() for g in found))
+
+    return wrapper
 
 
 def backward_is_kept() -> bool:

@@ -30,6 +30,7 @@ from torch.autograd.function import once_differentiable
 
 from autoshard import ops
 from autoshard.beside import column_products, gradients_begun, has_lanes
+from autoshard.compat import once
 from autoshard.groups import Group
 from autoshard.products import as_rows, product
 
@@ -172,7 +173,7 @@ class _ColumnLinear(torch.autograd.Function):
         return tuple(product(x, w, b, transposed) for w, b in zip(weights, biases, strict=True))
 
     @staticmethod
-    @once_differentiable
+    @once
     def backward(ctx: Any, *given: Tensor | None) -> tuple[Tensor | None, ...]:
         x, *weights = ctx.saved_tensors
         count, needed = ctx.count, ctx.needs_input_grad

@@ -63,6 +63,7 @@ class Holder(nn.Module):
             module, last = container(self, skeleton, name)
             module.register_parameter(last, made[first])  # type: ignore[arg-type]
         share_specs(made.values())
+        stored_parameters.notice_steps()
         for name, _ in skeleton.named_buffers(remove_duplicate=False):
             first = self._names[name]
             if first not in made:

@@ -8,15 +8,14 @@ are recorded by autograd one by one, as they would be without this.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from torch import Tensor, fx
-from torch.autograd.function import once_differentiable
 
-from autoshard.compat import backward_is_kept, gradients_by_node, gradients_of, placed
+from autoshard.compat import backward_is_kept, gradients_by_node, gradients_of, once, placed
 from autoshard.failures import know
 
 _CODEGEN = threading.Lock()
@@ -73,6 +72,8 @@ class Differentiated:
         needed: of each placeholder of the forward graph, whether its gradient is asked for.
         flows: of each result, whether it has a gradient.
         given: of each kept value, whether it is a result.
+        operands: the placeholders among the kept values.
+        reached: for each placeholder whose gradient is asked for, the results that it reaches.
         several: the layer gives a tuple.
     """
 
@@ -84,9 +85,11 @@ class Differentiated:
         needed: Sequence[bool],
         flows: Sequence[bool],
         given: Sequence[bool],
+        operands: Sequence[int],
+        reached: Sequence[Collection[int]],
         several: bool,
     ) -> None:
-        self.given = given
+        self.given, self.operands, self.reached = given, operands, reached
         self.count = len(needed)
         self.asked = [place for place, need in enumerate(needed) if need]
         self.flows, self.several = flows, several
@@ -113,10 +116,18 @@ class _Layer(torch.autograd.Function):
     def forward(ctx: Any, made: Differentiated, count: int, *values: Any) -> tuple[Tensor, ...]:
         own = placed(values[:count])
         results, kept = made.forward.forward(*own.shares, *values[count:])
+        ctx.set_materialize_grads(False)
         # A result that is kept would keep this function alive, which made it.
         ctx.kept = [x.detach() if aliases else x for x, aliases in zip(kept, made.given, strict=True)]
-        ctx.versions = [x._version if isinstance(x, Tensor) else 0 for x in ctx.kept]
+        # Both a DTensor and its share may be written into.
+        ctx.parameters = [values[place] for place in made.operands if place < count]
+        ctx.versions = _versions(ctx)
         ctx.made, ctx.placed = made, own
+        if len(results) > 1:  # a pass without a gradient of the only one does not come here
+            ctx.like = [
+                r.new_empty(()).expand(r.shape) if flows else None
+                for r, flows in zip(results, made.flows, strict=True)
+            ]
         if not all(made.flows):
             ctx.mark_non_differentiable(
                 *(
@@ -127,7 +138,7 @@ class _Layer(torch.autograd.Function):
         return cast(tuple[Tensor, ...], results)
 
     @staticmethod
-    @once_differentiable
+    @once
     def backward(ctx: Any, *dys: Tensor | None) -> tuple[Tensor | None, ...]:
         kept, made = ctx.kept, ctx.made
         if kept is None:
@@ -135,23 +146,42 @@ class _Layer(torch.autograd.Function):
                 "Trying to backward through the graph a second time, after what it kept was freed: "
                 "call backward or autograd.grad with retain_graph=True the first time"
             )
-        for x, version in zip(kept, ctx.versions, strict=True):
-            if isinstance(x, Tensor) and x._version != version:
-                raise RuntimeError(
-                    "one of the variables needed for gradient computation has been modified by an "
-                    f"inplace operation: a {x.dtype} of shape {tuple(x.shape)} is at version "
-                    f"{x._version}, expected {version}"
-                )
+        if _versions(ctx) != ctx.versions:
+            changed = zip(_held(ctx), _versions(ctx), ctx.versions, strict=True)
+            x, now, before = next(found for found in changed if found[1] != found[2])
+            raise RuntimeError(
+                "one of the variables needed for gradient computation has been modified by an "
+                f"inplace operation: a {x.dtype} of shape {tuple(x.shape)} is at version {now}, "
+                f"expected {before}"
+            )
         if backward_is_kept():
             kept = list(kept)
         else:
             ctx.kept = None
         kept.reverse()
+        read = {place for place, dy in enumerate(dys) if dy is not None}
+        if len(read) < len(dys):  # a result that nobody read
+            dys = tuple(
+                torch.zeros_like(like) if dy is None and like is not None else dy
+                for dy, like in zip(dys, ctx.like, strict=True)
+            )
         found = made.backward.forward(kept, *dys)
         grads: list[Tensor | None] = [None] * made.count
-        for place, grad in zip(made.asked, found, strict=True):
-            grads[place] = grad
+        for place, grad, reached in zip(made.asked, found, made.reached, strict=True):
+            if not read.isdisjoint(reached):  # else None, not zeros: an optimizer skips it then
+                grads[place] = grad
         del found
         count = len(ctx.placed.shares)
         nodes = [node for node, _ in ctx.next_functions[:count]]
-        return None, None, *gradients_of(ctx.placed, nodes, grads[:count]), *grads[count:]
+        own, others = grads[:count], grads[count:]
+        return None, None, *gradients_of(ctx.placed, nodes, own, others=others), *others
+
+
+def _held(ctx: Any) -> list[Any]:
+    """What the backward pass reads, and the parameters whose shares are among it."""
+    return [*ctx.kept, *ctx.parameters]
+
+
+def _versions(ctx: Any) -> list[int]:
+    """How often each was written into."""
+    return [x._version if isinstance(x, Tensor) else 0 for x in _held(ctx)]

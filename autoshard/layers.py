@@ -78,7 +78,8 @@ def find(module: nn.Module, path: str) -> Any:
     *parents, last = path.split(".")
     for name in parents:
         module = module._modules[name]  # type: ignore[assignment]
-    for kind in (module._parameters, module._buffers, module._modules):
+    # DistributedDataParallel puts what it made of a DTensor where plain attributes are.
+    for kind in (module._parameters, module._buffers, module._modules, module.__dict__):
         if last in kind:
             return kind[last]
     raise AttributeError(f"{type(module).__name__} has no {last}")

@@ -27,6 +27,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from autoshard import kernels
+from autoshard.compat import once
 from autoshard.failures import Line, line_of_graph
 from autoshard.groups import Group
 from autoshard.random_streams import checkpoint_contexts
@@ -416,7 +417,7 @@ class _VocabCrossEntropy(torch.autograd.Function):
         return torch.where(valid, loss, 0)
 
     @staticmethod
-    @once_differentiable
+    @once
     def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
         logits, target, valid, token_weight, weight, maximum, total = ctx.saved_tensors
         split, smoothing = ctx.split, ctx.smoothing

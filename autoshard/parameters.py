@@ -9,11 +9,15 @@ back into the model's order.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cache
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd.graph import increment_version
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
 from autoshard import layouts
 from autoshard.compat import shares
@@ -68,6 +72,24 @@ def local(parameters: Mapping[str, Tensor], together: bool = False) -> dict[str,
     for layer in layers.values():
         found.update(zip(layer, shares(list(layer.values())), strict=True))
     return found
+
+
+@cache
+def notice_steps() -> None:
+    """Have autograd know that an optimizer wrote into shares, once in a process.
+
+    A backward pass behind the step, of a forward before it, is an error with plain tensors, whose
+    versions tell. Operators on DTensors leave the versions of their shares as they are, those of lists
+    (``foreach=True``) the DTensors' too.
+    """
+    register_optimizer_step_post_hook(_written)
+
+
+def _written(optimizer: Optimizer, *args: Any) -> None:
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if isinstance(parameter, DTensor) and parameter.grad is not None:
+                increment_version(parameter._local_tensor)
 
 
 def in_model_order(stored: Stored | None) -> bool:

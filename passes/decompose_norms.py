@@ -75,7 +75,9 @@ def fuse_unsplit(
     undone = False
     for norm in norms:
         source = next(n for n in norm.args if isinstance(n, fx.Node))
-        if any(taken & set(atoms_of(a)) for a in axes.dims[source]):
+        # An input depends on no weight and has no axes of its own; what is made of it has.
+        dims = axes.dims.get(source, axes.dims.get(norm.nodes[-1], ()))
+        if any(taken & set(atoms_of(a)) for a in dims):
             continue
         with graph.inserting_before(norm.nodes[-1]):
             fused = graph.call_function(norm.target, norm.args, norm.kwargs)

@@ -36,7 +36,7 @@ from __future__ import annotations
 
 import inspect
 import operator
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -71,6 +71,12 @@ def differentiate(graph: fx.Graph, needed: Sequence[bool]) -> Differentiated | N
     results = list(returned) if isinstance(returned, tuple) else [returned]
     asked = [p for p, need in zip(placeholders, needed, strict=True) if need]
     flowing = _flowing(nodes, asked)
+    reached = _reached(nodes, results, flowing)
+    # What ends in indices has no gradient. Rows give all places of their results.
+    flowing = {
+        n for n in flowing
+        if n in reached or (n.target is operator.getitem and n.args[0] in reached)
+    }  # fmt: skip
     if not any(n.target in COMMUNICATING for n in nodes) or not flowing & set(results):
         return None
     memory = [_memory(result) for result in results if not _is_number(result)]
@@ -89,7 +95,8 @@ def differentiate(graph: fx.Graph, needed: Sequence[bool]) -> Differentiated | N
             fits = made.as_it_is(unit[0])
         if not fits:
             return None
-    return made.ended(results, needed, isinstance(returned, tuple))
+    comes = [reached.get(p, frozenset()) for p in asked]
+    return made.ended(results, needed, comes, isinstance(returned, tuple))
 
 
 def _in_order(nodes: Iterable[fx.Node]) -> list[fx.Node]:
@@ -119,10 +126,36 @@ def _flowing(nodes: Sequence[fx.Node], asked: Sequence[fx.Node]) -> set[fx.Node]
     for node in nodes:
         if _operator(node) not in STOPS and any(n in found for n in node.all_input_nodes):
             value = node.meta.get(WHOLE, node.meta.get("val"))
-            if isinstance(value, Tensor) and not value.dtype.is_floating_point:
+            if isinstance(value, Tensor) and not _is_continuous(value):
                 continue
             if not _is_number(node):
                 found.add(node)
+    return found
+
+
+def _is_continuous(value: Tensor) -> bool:
+    """Of a dtype that gradients flow through."""
+    return value.dtype.is_floating_point or value.dtype.is_complex
+
+
+def _is_complex(node: fx.Node) -> bool:
+    value = node.meta.get(WHOLE, node.meta.get("val"))
+    return isinstance(value, Tensor) and value.dtype.is_complex
+
+
+def _reached(
+    nodes: Sequence[fx.Node], results: Sequence[Any], flowing: set[fx.Node]
+) -> dict[fx.Node, frozenset[int]]:
+    """The values that a gradient comes to, and from which results."""
+    found: dict[fx.Node, frozenset[int]] = {}
+    for place, result in enumerate(results):
+        if isinstance(result, fx.Node) and result in flowing:
+            found[result] = found.get(result, frozenset()) | {place}
+    for node in reversed(nodes):
+        if node in found:
+            for operand in node.all_input_nodes:
+                if operand in flowing:
+                    found[operand] = found.get(operand, frozenset()) | found[node]
     return found
 
 
@@ -244,6 +277,8 @@ class _Builder:
         if node in self._env:
             return True
         rule, self._at = DERIVATIVES.get(_operator(node)), node
+        if any(map(_is_complex, (node, *node.all_input_nodes))):  # rows conjugate nothing
+            return False
         args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: self._env[n])
         users = list(node.users)
         try:
@@ -298,7 +333,11 @@ class _Builder:
     # -- backward --------------------------------------------------------------------------------
 
     def ended(
-        self, results: Sequence[fx.Node], needed: Sequence[bool], several: bool
+        self,
+        results: Sequence[fx.Node],
+        needed: Sequence[bool],
+        reached: Sequence[Collection[int]],
+        several: bool,
     ) -> Differentiated:
         """The backward graph written, and both closed."""
         gradients: dict[fx.Node, fx.Node] = {}
@@ -327,6 +366,7 @@ class _Builder:
         for graph in (self._forward, self._backward):
             graph.lint()
         given = [node in made for node in self._kept]
+        kept = [place for place, node in enumerate(operands) if node in self._kept]
         return Differentiated(
-            self._forward, self._backward, self._parts, needed, flows, given, several
+            self._forward, self._backward, self._parts, needed, flows, given, kept, reached, several
         )

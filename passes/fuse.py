@@ -84,8 +84,10 @@ def linear_of(node: Any) -> Linear | None:
     x, weight, bias, transposed = LINEARS[node.target]
     args = dict(enumerate(node.args))
     found = Linear(args[x], cast(fx.Node, args[weight]), args.get(bias), transposed)  # type: ignore[arg-type]
-    parameters = _is_parameter(found.weight, 2) and (found.bias is None or _is_parameter(found.bias, 1))
-    return found if parameters and found.x not in (found.weight, found.bias) else None
+    if not _is_parameter(found.weight, 2) or found.x in (found.weight, found.bias):
+        return None
+    fits = found.bias is None or (_is_parameter(found.bias, 1) and _fits(found.bias, found))
+    return found if fits else None
 
 
 def _is_parameter(node: Any, dim: int) -> bool:

@@ -313,7 +313,12 @@ class _Builder:
     # -- sizes ---------------------------------------------------------------------------------
 
     def _bytes(self, node: fx.Node) -> Size:
-        return numel(self._dims(self.axes.dims[node])) * node.meta["val"].element_size()
+        val = node.meta["val"]
+        if node in self.axes.dims:
+            shape = self._dims(self.axes.dims[node])
+        else:  # an input, which depends on no weight
+            shape = tuple(self._size(size_of(s)) for s in val.shape)
+        return numel(shape) * val.element_size()
 
     def _size(self, size: Any) -> Any:
         if isinstance(size, int):

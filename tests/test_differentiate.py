@@ -478,7 +478,9 @@ def two_ranks() -> Iterator[None]:
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("name", ["gpt2", "llama", "bert", "t5", "gpt_neox", "opt", "mixtral", "bart"])
+@pytest.mark.parametrize(
+    "name", ["gpt2", "llama", "bert", "t5", "gpt_neox", "opt", "mixtral", "bart", "fnet"]
+)
 def test_layers_of_models_are_differentiated(name: str, two_ranks: None) -> None:
     """None falls back to autograd in silence; results and gradients are those of autograd's own record.
 
