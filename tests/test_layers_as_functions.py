@@ -119,9 +119,11 @@ class Chosen(Block):
         self.index = nn.Linear(H, H)
 
     def forward(self, x: Tensor) -> Tensor:
-        chosen = self.index(self.norm(x)).softmax(-1).topk(2, -1).indices
+        y = self.norm(x)
+        hidden = F.softplus(self.fc(y))  # has no row, as the last one has none: all between is one part
+        chosen = self.index(y).softmax(-1).topk(2, -1).indices
         mask = torch.zeros(x.shape).scatter(-1, chosen, 1.0)
-        return x + F.softplus(self.mlp(x)) * mask
+        return x + self.out(F.softplus(hidden)) * mask
 
 
 class Positions(Block):
