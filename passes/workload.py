@@ -119,7 +119,7 @@ class _Builder:
             for (value, degree), calls in found.copied.items():
                 users = self._ties(calls)
                 if degree == d and len(users) > 1:
-                    one = Shared(self._entering(value, calls), True)
+                    one = Shared(self._entering(value, calls, d), True)
                     shared[value.name, d] = one, users
             for value, calls in self.joined[d].items():
                 one = Shared(Collective("all_reduce", self._bytes(value), D), False)
@@ -138,18 +138,26 @@ class _Builder:
             entering[d] = defaultdict(list)
             for (value, degree), calls in found.copied.items():
                 if degree == d and (value.name, d) not in self.shared:
-                    own = self._entering(value, calls)
+                    own = self._entering(value, calls, d)
                     # The copy that is summed; a sum that runs under products needs none.
                     others = self._together(value, calls) if own.under else [Traffic(2 * own.bytes)]
                     entering[d][calls[0]] += [own, *others]
         return entering
 
-    def _entering(self, value: fx.Node, calls: list[fx.Node]) -> Collective:
+    def _entering(self, value: fx.Node, calls: list[fx.Node], degree: int) -> Collective:
         """The all-reduce of a value's gradient; under the weights' where only matmuls use the copy."""
         known = [self.operators[c] for c in calls if c in self.operators]
         under = tuple(w for _, w in map(gradient_products, known) if w is not None)
-        under = under if len(under) == len(calls) else ()
-        return Collective("all_reduce", self._bytes(value), D, under)
+        # A weight that is padded is computed, so that its product is not fused with the copy.
+        fused = len(under) == len(calls) and not any(self._is_padded(c, degree) for c in calls)
+        return Collective("all_reduce", self._bytes(value), D, under if fused else ())
+
+    def _is_padded(self, call: fx.Node, degree: int) -> bool:
+        """Whether an operand of the call has more rows while computing than it has."""
+        cuts = self.assignments[degree].cuts
+        axes = [axis for dims in self.axes.calls[call].operands.values() for axis in dims]
+        atoms = {atom for axis in axes for atom in atoms_of(axis) if atom in cuts}
+        return any(cuts[atom].padded > cuts[atom].rows for atom in atoms)
 
     def _together(self, value: fx.Node, calls: list[fx.Node]) -> list[Item]:
         """What the gradients of several weights that a value is multiplied by take in one call.

@@ -426,6 +426,23 @@ def test_as_many_all_reduces_as_run(name: str, tp: int) -> None:
         assert "summed over the ranks once" in str(plan)
 
 
+@pytest.mark.parametrize("vocabulary", [2048, 2050])
+def test_a_padded_head_is_summed_behind_its_products(vocabulary: int) -> None:
+    """Its weight is computed, so that nothing is fused; as in what runs."""
+    shape = Shape("gpt", 64, 4, 1, 16, 2, vocabulary=vocabulary)
+    model, batch = build(shape), tokens(256, 2, 16)
+    plan = autoshard.plan(model, 2, batch, degree="max", hardware="h100")
+    units = model_of(plan).workload.units
+    items = [i for u in units for i in u.work[2].backward.items if isinstance(i, Collective)]
+    sharded = rewrite(analyse(skeleton(model), *normalized_inputs(model, batch), 2), 2, "max")[1]
+    assert sharded.fused is not None
+    graphs = [sharded.fused.graph, *sharded.fused.bodies.values()]
+    called = Counter(n.target for g in graphs for n in g.nodes)
+    assert sum(bool(i.under) for i in items) == called[fused_ops.column_linear]
+    assert sum(not i.under for i in items) == called[ops.copy] == int(vocabulary == 2050)
+    assert ("beside them in loss" in str(plan)) == (vocabulary == 2048)
+
+
 def test_one_copy_for_two_regions_is_paid_once() -> None:
     """GPT-J's attention and MLP read one value: its gradient is one all-reduce at equal degrees."""
     one = case("gptj")
