@@ -207,13 +207,14 @@ def _rooms(
 ) -> dict[int, tuple[Room, ...]]:
     """What products leave to sums, by degree: where the plan lets sums run under products, and the GPU
     at hand is of the size planned for. Nothing where ranks differ: a sum is on one communicator."""
-    hardware, largest = costs.setting.hardware, max(model.parameters(), key=lambda p: p.numel())
+    if mesh is None:
+        return {}
+    hardware = costs.setting.hardware
     found: dict[int, tuple[Room, ...]] = {}
     if plan.overlap and hardware.lanes and torch.cuda.is_available():
         if torch.cuda.get_device_properties().multi_processor_count == hardware.multiprocessors:
+            largest = max(model.parameters(), key=lambda p: p.numel())
             found = costs.rooms(str(largest.dtype).removeprefix("torch."))
-    if mesh is None:
-        return {}
     known = _of_all_ranks(hashlib.sha256(repr(found).encode()).hexdigest(), mesh)
     return found if bool((known[:, 1:] == known[0, 1:]).all()) else {}
 
