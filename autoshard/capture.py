@@ -35,7 +35,9 @@ from autoshard.compat import autograd_functions_inlined, checkpoints_entered, wi
 from autoshard.errors import CaptureError
 from autoshard.guards import Holds, shape_guard
 from autoshard.layouts import Layout
+from autoshard.memory import storage, written
 from autoshard.repeated_layers import repeated_layers_copied
+from autoshard.rules.call import op_name, where
 
 SMALL = 2**16  # elements
 BUILTINS = (dict, OrderedDict, defaultdict)
@@ -192,11 +194,26 @@ def capture(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
             raise CaptureError(f"an input of kind {spec.kind} ({spec.target}) is not supported")
     graph = copy.deepcopy(program.graph_module).graph
     _marked(graph)
+    _no_constant_written(graph, constants)
     assert program.call_spec.out_spec is not None
     return Captured(
         graph, parameters, buffers, constants, tuple(inputs), program.call_spec.out_spec,
         _holds(program, graph, tuple(inputs)),
     )  # fmt: skip
+
+
+def _no_constant_written(graph: fx.Graph, constants: Mapping[str, Tensor]) -> None:
+    """A tensor that is a plain attribute of the model cannot keep what is written into it."""
+    lifted = {n.args[0] for n in graph.nodes if op_name(n) in ("lift_fresh_copy", "lift_fresh")}
+    held = [n for n in graph.nodes if n.op == "placeholder" and n.name in constants and n not in lifted]
+    given = {storage(n): n.name for n in held}
+    for node in graph.nodes:
+        target = written(node)
+        if target is not None and storage(target) in given:
+            raise CaptureError(
+                f"{where(node)} writes into {given[storage(target)]}, a tensor that is neither a "
+                "buffer nor a parameter: register it with register_buffer"
+            )
 
 
 class _AsEager(TorchFunctionMode):

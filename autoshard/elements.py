@@ -243,7 +243,7 @@ def _integer(value: Any) -> Term:
         value = value.meta.get("val")
     if not isinstance(value, (int, torch.SymInt)):
         raise Unknown(f"{value} is no integer")
-    return sympy.sympify(size_of(value))
+    return sympy.sympify(size_of(int(value) if isinstance(value, bool) else value))
 
 
 def _term(term: Term) -> Term:

@@ -61,7 +61,7 @@ def shape_guard(inputs: Sequence[Any], ranges: Mapping[str, tuple[float, float]]
         tests.append(f"{actual} == {as_python(expression)}")
     tests += [f"({as_python(g)})" for g in _guards(inputs) if g.free_symbols <= symbols.keys()]
     lines = ["def holds(flat):", *reads, f"    return {' and '.join(tests) or 'True'}"]
-    names: dict[str, Any] = {"math": __import__("math")}
+    names: dict[str, Any] = {"math": __import__("math"), "torch": torch}
     exec("\n".join(lines), names)  # the text is made of sizes and sympy's own expressions
     holds: Holds = names["holds"]
     return holds

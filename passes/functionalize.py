@@ -173,7 +173,9 @@ class _Functionalizer:
                 value = self._create(aten.clone.default, (value,), {}, node)
         else:
             assert isinstance(node.target, torch._ops.OpOverload)
-            packet = getattr(getattr(torch.ops, node.target.namespace), op_name(node)[:-1], None)
+            packet = getattr(
+                getattr(torch.ops, node.target.namespace), op_name(node).rpartition("::")[2][:-1], None
+            )
             overload = getattr(packet, node.target._overloadname, None)
             if overload is None:
                 raise CaptureError(f"{where(node)} has no form that does not write in place")

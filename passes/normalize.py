@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from autoshard.memory import written
+from autoshard.memory import storage, written
 from autoshard.rules import bind
 from autoshard.rules.call import op_name, traced_call
 
@@ -36,6 +36,7 @@ DROPPED = {
     "sym_constrain_range_for_size",
     "sym_constrain_range",
 }
+FRESH = {"lift_fresh_copy", "lift_fresh"}  # torch.tensor(..) in forward: a new one in each call
 IDENTITIES = {"lift_fresh_copy", "lift_fresh", "detach_", "alias"}
 
 
@@ -49,12 +50,15 @@ def normalize(
         parameters: placeholders of parameters.
         constants: placeholder -> value of tensors made in ``forward``.
     """
+    changed = _changed(graph)
     for node in list(graph.nodes):
         if node.op != "call_function":
             continue
         name = op_name(node)
         if name in DROPPED:
             graph.erase_node(node)
+        elif name in FRESH and storage(node) in changed:
+            node.target = aten.clone.default  # the constant itself is there for the next call too
         elif name in IDENTITIES:
             _replace(node, node.args[0])
         elif name in ("cat", "concat", "concatenate"):
@@ -71,6 +75,15 @@ def normalize(
     graph.eliminate_dead_code(_has_effects)
     graph.lint()
     return graph
+
+
+def _changed(graph: fx.Graph) -> set[int]:
+    """Memories that are written here, or given to the caller, who may write into them."""
+    targets = [
+        t for n in graph.nodes if op_name(n) != "detach_" and (t := written(n)) is not None
+    ]
+    returned = [n for node in graph.nodes if node.op == "output" for n in node.all_input_nodes]
+    return {m for n in (*targets, *returned) if (m := storage(n)) is not None}
 
 
 def _has_effects(node: fx.Node) -> bool:

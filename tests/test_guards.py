@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
+import autoshard
 from autoshard.guards import shape_guard
 
 
@@ -31,6 +32,28 @@ def test_sizes_are_read_off_where_they_stand_alone() -> None:
     assert not given(16, 10, 42) and not given(16, 1, 33)  # m is out of its range
     assert not given(14, 5, 33)  # 4 does not divide n
     assert not given(12, 5, 29, last=4)
+
+
+class Floating(nn.Module):
+    """A size that is made a float: the trace asks how many numbers there are below it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [B, S, 8] -> [B, S, 8]."""
+        out: Tensor = self.mix(x) * torch.arange(x.shape[1] * 1.0)[:, None]
+        return out
+
+
+def test_conditions_on_floats_are_asked() -> None:
+    """The guard's text calls functions of PyTorch's."""
+    model = Floating()
+    split = autoshard.parallelize(model, 1, (torch.randn(2, 6, 8),))
+    for length in (6, 9, 130):
+        x = torch.randn(2, length, 8)
+        torch.testing.assert_close(split(x), model(x))
 
 
 def test_a_size_that_stands_nowhere_alone_is_that_of_the_capture() -> None:

@@ -105,3 +105,63 @@ def test_the_page_is_the_table(update_golden: bool) -> None:
     if update_golden:
         PAGE.write_text(rules_document())
     assert PAGE.read_text() == rules_document()
+
+
+@torch.library.custom_op("autoshard_test::scaled_dot_product_attention", mutates_args=())
+def attended(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0, is_causal: bool = False,
+) -> Tensor:  # fmt: skip
+    """Attention of another library, in which ``is_causal`` says nothing."""
+    scores = query @ key.transpose(-1, -2)
+    if attn_mask is not None:
+        scores = scores.masked_fill(~attn_mask, -torch.inf)
+    return scores.softmax(-1) @ value
+
+
+@torch.library.custom_op("autoshard_test::alias", mutates_args=())
+def doubled(x: Tensor) -> Tensor:
+    """PyTorch's alias gives its operand; this one does not."""
+    return x * 2
+
+
+@torch.library.custom_op("autoshard_test::lift_fresh_copy", mutates_args=())
+def shifted(x: Tensor) -> Tensor:
+    """Nor is this one a copy."""
+    return x + 1
+
+
+attended.register_fake(lambda query, *others: torch.empty_like(query))
+for operator in (doubled, shifted):
+    operator.register_fake(torch.empty_like)
+
+
+class OfAnother(nn.Module):
+    """Operators of another library that have the names of PyTorch's."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name, self.up, self.down = name, nn.Linear(8, 16), nn.Linear(16, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [n, S, 8] -> [n, S, 8]."""
+        y = self.up(x)
+        if self.name == "attention":
+            places = torch.arange(x.shape[1])
+            y = attended(y, y, y, places[None] <= places[:, None])
+        else:
+            y = doubled(y) if self.name == "alias" else shifted(y)
+        out: Tensor = self.down(y)
+        return out
+
+
+@pytest.mark.parametrize("name", ["attention", "alias", "copy"])
+def test_a_name_of_pytorchs_is_not_pytorchs_operator(name: str) -> None:
+    """Nothing is known of it but that it is there: its mask stays, its result is not its operand."""
+    torch.manual_seed(0)
+    model = OfAnother(name)
+    split = autoshard.parallelize(model, 1, (torch.randn(2, 5, 8),))
+    for length in (5, 7):
+        x = torch.randn(2, length, 8)
+        with torch.no_grad():
+            torch.testing.assert_close(split(x), model(x))

@@ -83,6 +83,13 @@ def written_later(x: Tensor) -> Tensor:
     return mask <= torch.arange(x.shape[1])[:, None]
 
 
+def two_for_zero() -> Tensor:
+    """Captured as a constant of 0, which is written into."""
+    offset = torch.tensor([0])
+    offset[0] = 2
+    return offset
+
+
 def square(x: Tensor, value: float = 1.0, dtype: torch.dtype = torch.float64) -> Tensor:
     return torch.full((x.shape[1], x.shape[1]), value, dtype=dtype)
 
@@ -93,6 +100,7 @@ CAUSAL: dict[str, Make] = {
     "compared": triangle,
     "contrary": lambda x: ~(places(x)[1] > places(x)[0]),
     "difference": lambda x: places(x)[0] - places(x)[1] >= 0,
+    "compared with a bool too": lambda x: triangle(x) & (places(x)[1] >= False),
     "less than the next": lambda x: places(x)[1] < places(x)[0] + 1,
     "less than with a constant": lambda x: places(x)[1] < places(x)[0] + torch.tensor([1]),
     "twice": lambda x: 2 * places(x)[1] <= 2 * places(x)[0] + 1,
@@ -159,6 +167,7 @@ OTHER: dict[str, Make] = {
     | (places(x)[1] == places(x)[0]),
     "written in place": written_in_place,  # a triangle; what is written to is not followed
     "written later": written_later,
+    "a constant that is written": lambda x: places(x)[1] <= places(x)[0] + two_for_zero(),
     "in 8 bits": lambda x: places(x)[1].to(torch.int8) <= places(x)[0].to(torch.int8),
 }  # fmt: skip
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import autoshard
@@ -67,3 +69,55 @@ def test_an_assignment_to_data_is_refused() -> None:
     """The capture could not follow it."""
     with pytest.raises(CaptureError, match=r"assigns to a tensor's \.data"):
         autoshard.verify(Stateful(assigns=True), 2, (torch.randn(6, 8),))
+
+
+class Made(nn.Module):
+    """Tensors that are made in ``forward``: new ones in each call, whoever writes into them."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how, self.mix = how, nn.Linear(8, 8)
+        self.kept = torch.tensor(0.0)  # neither a buffer nor a parameter
+
+    def forward(self, x: Tensor) -> Any:
+        """x: [B, S, 8]."""
+        y = self.mix(x)
+        if self.how == "added to":
+            scale = torch.tensor([0.0, 0.0])
+            scale += 1
+            return y * scale[0]
+        if self.how == "offset of a mask":
+            offset, places = torch.tensor([0]), torch.arange(x.shape[1])
+            offset[0] = 2
+            return F.scaled_dot_product_attention(y, y, y, places[None] <= places[:, None] + offset)
+        if self.how == "index":
+            index = torch.tensor([0])
+            index[0] = 2
+            return y[:, index]
+        if self.how == "returned":
+            return y, torch.tensor(0.0)
+        if self.how == "kept":
+            self.kept.add_(1)
+            return y * self.kept
+        return y * torch.tensor(2.0)
+
+
+@pytest.mark.parametrize("how", ["added to", "offset of a mask", "index", "returned", "read"])
+def test_what_is_made_in_forward_is_new_in_each_call(how: str) -> None:
+    """The capture has one for all calls: who writes into it, here or in the caller's code, a copy."""
+    model = Made(how)
+    split = autoshard.parallelize(copy.deepcopy(model), 1, (torch.randn(2, 6, 8),))
+    assert any("clone" in str(n.target) for n in split.graph.nodes) == (how != "read")
+    for length in (6, 6, 9):
+        x = torch.randn(2, length, 8)
+        found, expected = split(x), model(x)
+        torch.testing.assert_close(found, expected)
+        if how == "returned":
+            for result in (found, expected):
+                result[1].add_(5)
+
+
+def test_a_write_into_a_plain_attribute_is_refused() -> None:
+    """Nobody would see it: what the model keeps is a constant of the capture."""
+    with pytest.raises(CaptureError, match=r"kept, a tensor .* register_buffer"):
+        autoshard.parallelize(Made("kept"), 1, (torch.randn(2, 6, 8),))

@@ -179,7 +179,7 @@ def traced_call(
 
 
 def op_name(node: fx.Node) -> str:
-    """``softmax`` for ``aten.softmax.int``; ``""`` for what is no operator."""
+    """``softmax`` for ``aten.softmax.int``, ``mine::softmax`` for another library's, else ``""``."""
     if isinstance(node.target, torch._ops.OpOverload):
-        return str(node.target._schema.name.partition("::")[2])
+        return str(node.target._schema.name.removeprefix("aten::"))
     return ""
