@@ -47,8 +47,8 @@ def gradients_begun(
     running: Callable[[], Tensor] | None = None
     lane: Lane | None = None
     if together:
-        if own and has_lanes(group):
-            lane = group.lane(own[0].shape[1])
+        if own and has_lanes(group):  # by the first weight's, joined or not: compiled as in eager
+            lane = group.lane(dys[trained.index(True)].shape[1])
         running = group.start_all_reduce(gradient_of_input(beside, together, transposed), lane)
         del together
     if x is None:

@@ -55,6 +55,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
+import os
 import types
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -437,7 +438,10 @@ def start_all_reduce(x: Tensor, group: dist.ProcessGroup) -> dist.Work:
 
 
 def leave_multiprocessors(count: int, of: int) -> None:
-    """Matmuls that this thread enqueues from now on leave so many of a GPU's `of` multiprocessors."""
+    """Matmuls from now on leave so many of a GPU's `of` multiprocessors, until it is said to be 0.
+
+    Through cuBLAS's handle those of this thread; PyTorch's own switch is one for the process.
+    """
     torch._C._set_sm_carveout_experimental(count or None)
     target = _sm_count_target()
     if target is not None:
@@ -448,7 +452,8 @@ def leave_multiprocessors(count: int, of: int) -> None:
 def _sm_count_target() -> Callable[[int, int], int] | None:
     """``cublasSetSmCountTarget(handle, count)`` of the cuBLAS that PyTorch has loaded; 0: all."""
     try:
-        library = ctypes.PyDLL(f"libcublas.so.{(torch.version.cuda or '').partition('.')[0]}")
+        name = f"libcublas.so.{(torch.version.cuda or '').partition('.')[0]}"
+        library = ctypes.PyDLL(name, mode=os.RTLD_NOLOAD | os.RTLD_NOW)  # never another copy
         found = library.cublasSetSmCountTarget
     except (OSError, AttributeError):
         return None
@@ -533,6 +538,16 @@ def timeout_of(group: dist.ProcessGroup | None, device: torch.device) -> timedel
         return group._get_backend(device).options._timeout  # type: ignore[union-attr]
     except (AttributeError, RuntimeError):
         return None
+
+
+def is_nccl(group: dist.ProcessGroup, device: torch.device) -> bool:
+    """Whether collectives of the group on `device` are NCCL's, whatever else the group has."""
+    if device.type != "cuda" or not dist.is_nccl_available():
+        return False
+    try:
+        return isinstance(group._get_backend(device), dist.ProcessGroupNCCL)
+    except RuntimeError:  # none for this device
+        return False
 
 
 def is_composite(operator: torch._ops.OpOverload) -> bool:

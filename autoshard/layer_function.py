@@ -123,7 +123,7 @@ class _Layer(torch.autograd.Function):
         ctx.parameters = [values[place] for place in made.operands if place < count]
         ctx.versions = _versions(ctx)
         ctx.made, ctx.placed = made, own
-        if len(results) > 1:  # a pass without a gradient of the only one does not come here
+        if len(results) > 1:
             ctx.like = [
                 r.new_empty(()).expand(r.shape) if flows else None
                 for r, flows in zip(results, made.flows, strict=True)
@@ -157,9 +157,11 @@ class _Layer(torch.autograd.Function):
         if backward_is_kept():
             kept = list(kept)
         else:
-            ctx.kept = None
+            ctx.kept = ctx.parameters = None
         kept.reverse()
         read = {place for place, dy in enumerate(dys) if dy is not None}
+        if not read:  # what comes behind gave none
+            return (None, None, *(None for _ in range(made.count)))
         if len(read) < len(dys):  # a result that nobody read
             dys = tuple(
                 torch.zeros_like(like) if dy is None and like is not None else dy

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import Placement, Replicate, Shard
 
-from autoshard.compat import inherit_timeout
+from autoshard.compat import inherit_timeout, is_nccl
 from autoshard.failures import answer_roll_calls
 from autoshard.groups import Group, Lane, ProcessGroupComm, Room, SingleGroup
 from autoshard.random_streams import RandomStream, group_seed
@@ -272,7 +272,7 @@ class Mesh:
             process_group = self.tp_mesh.get_group(dims[0])
         else:
             process_group = self._new_process_group(dims)
-        if self.device.type != "cuda" or dist.get_backend(process_group) != "nccl":
+        if not is_nccl(process_group, self.device):
             rooms = ()
         return ProcessGroupComm(process_group, stream, self._make_lanes(process_group, dims, rooms))
 
@@ -297,7 +297,11 @@ class Mesh:
         assert self.device_mesh is not None
         for tp_ranks in self.device_mesh.mesh.view(-1, self.tp).tolist():
             for members in ranks_of(self.shape, dims):
-                made = dist.new_group([tp_ranks[member] for member in members], pg_options=options)
+                made = dist.new_group(
+                    [tp_ranks[member] for member in members],
+                    backend=None if options is None else "nccl",
+                    pg_options=options,
+                )
                 if isinstance(made, dist.ProcessGroup):
                     mine = made
                     inherit_timeout(made, self.device)

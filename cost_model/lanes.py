@@ -26,6 +26,9 @@ def rooms(hardware: Hardware, degree: int, dtype: str) -> tuple[Room, ...]:
     A lane takes over from the one before where its all-reduce ends with the other's products:
 
         c = s t of the one before:   n = (d-1)/d e rate / (share bus s)
+
+    All ranks choose one, as they have equal columns: shares of a vocabulary that does not divide are
+    padded, and a weight that is padded is computed, so that its product is not fused with the sum.
     """
     if degree == 1 or not hardware.links:
         return ()

@@ -153,11 +153,11 @@ class _Builder:
         return Collective("all_reduce", self._bytes(value), D, under if fused else ())
 
     def _is_padded(self, call: fx.Node, degree: int) -> bool:
-        """Whether an operand of the call has more rows while computing than it has."""
+        """Whether an operand has other rows while computing: the same number on every rank."""
         cuts = self.assignments[degree].cuts
         axes = [axis for dims in self.axes.calls[call].operands.values() for axis in dims]
         atoms = {atom for axis in axes for atom in atoms_of(axis) if atom in cuts}
-        return any(cuts[atom].padded > cuts[atom].rows for atom in atoms)
+        return any(cuts[atom].padded * cuts[atom].parts != atom.size for atom in atoms)
 
     def _together(self, value: fx.Node, calls: list[fx.Node]) -> list[Item]:
         """What the gradients of several weights that a value is multiplied by take in one call.

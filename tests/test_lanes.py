@@ -12,7 +12,7 @@ import sympy
 import torch
 import torch.distributed as dist
 
-from autoshard import api, beside, fused_ops, groups
+from autoshard import api, beside, fused_ops, groups, products
 from autoshard.cost_model.formulas import constants, seconds
 from autoshard.cost_model.hardware import Hardware, load
 from autoshard.cost_model.hardware import Lane as Shared
@@ -137,12 +137,16 @@ def _group(events: list[Any]) -> ProcessGroupComm:
         ((4, 4, 4), (True,) * 3, ["wide", 32, "product", "product", 0, "product", "wait"]),
         ((4, 12), (False, True), ["narrow", 8, "product", 0, "wait"]),
         ((4,), (False,), ["wide", "wait"]),
+        ((9, 1, 1), (True,) * 3, ["wide", 32, "product", 0, "wait"]),  # joined; by the first one
     ],
 )
 def test_products_leave_room_until_they_cover_the_sum(
-    columns: tuple[int, ...], trained: tuple[bool, ...], expected: list[Any], told: list[Any]
-) -> None:
+    columns: tuple[int, ...], trained: tuple[bool, ...], expected: list[Any], told: list[Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
     """On the lane of the first product's columns; what runs behind the sum has all of the GPU."""
+    if columns[-1] == 1:
+        monkeypatch.setattr(products, "one_moves_less", lambda *sizes: True)
     x, dys = torch.randn(5, 3), [torch.randn(5, n) for n in columns]
     weights = [torch.randn(n, 3) for n in columns]
     given, biased = x if any(trained) else None, (False,) * len(columns)

@@ -7,6 +7,7 @@ layer is recorded call by call: the same graph, differentiated by PyTorch.
 from __future__ import annotations
 
 import contextlib
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -237,6 +238,64 @@ def test_some_of_the_results_are_read() -> None:
             assert (grad is None) == (theirs[key] is None), (read, key)
             if grad is not None:
                 assert_close(grad, theirs[key], rtol=1e-5, atol=1e-5)
+
+
+class GivesNone(torch.autograd.Function):
+    """A user's function that has no gradient for its input."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> None:
+        return None
+
+
+def test_what_gets_no_gradient_gives_none() -> None:
+    """From the caller's code behind the model, and from a layer whose other result alone is read."""
+
+    class Apart(Block):
+        """Its second result is of its own parameters alone."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.aux = nn.Parameter(torch.randn(H))
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            return x + self.mlp(x), self.aux.sin()
+
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, H)
+    split = split_of(Stack(), x)
+    function: Any = GivesNone
+    function.apply(split(x)).pow(2).sum().backward()
+    assert set(gradients(split).values()) == {None}
+    split = split_of(Stack(Apart), x)
+    for place in (0, 1):
+        found = []
+        for around in (contextlib.nullcontext(), recorded()):
+            with around:
+                _, others = split(x)
+            others[place].pow(2).sum().backward()
+            found.append(gradients(split))
+        mine, theirs = found
+        assert {n for n, g in mine.items() if g is not None} == {f"layers.{place}.aux"}
+        assert {n for n, g in theirs.items() if g is not None} == {f"layers.{place}.aux"}
+
+
+def test_weights_that_are_computed_are_free_behind_their_layer() -> None:
+    """While the loss is still there."""
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, H)
+    split = split_of(Stack(), x)
+    weights = {n: p * 2 for n, p in split.named_parameters()}
+    alive = [weakref.ref(w) for w in weights.values()]
+    loss = torch.func.functional_call(split, weights, (x,)).pow(2).sum()
+    del weights
+    loss.backward()
+    assert sum(one() is not None for one in alive) == 0
+    assert loss.grad_fn is not None
 
 
 @pytest.mark.parametrize("how", ["foreach", "one by one", "by hand"])
