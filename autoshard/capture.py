@@ -37,7 +37,7 @@ from autoshard.guards import Holds, shape_guard
 from autoshard.layouts import Layout
 from autoshard.memory import storage, written
 from autoshard.repeated_layers import repeated_layers_copied
-from autoshard.rules.call import op_name, where
+from autoshard.rules.call import is_continuous, op_name, where
 
 SMALL = 2**16  # elements
 BUILTINS = (dict, OrderedDict, defaultdict)
@@ -70,11 +70,11 @@ class Captured:
 
     @property
     def differentiable(self) -> set[str]:
-        """Placeholders that a gradient can flow to: parameters and floating inputs."""
+        """Placeholders that a gradient can flow to: parameters and inputs of continuous numbers."""
         names = {*self.parameters, *self.inputs}
         found = (n for n in self.graph.nodes if n.op == "placeholder" and n.name in names)
         values = ((n.name, n.meta.get("val")) for n in found)
-        return {n for n, v in values if isinstance(v, Tensor) and v.dtype.is_floating_point}
+        return {n for n, v in values if is_continuous(v)}
 
 
 def skeleton(model: nn.Module) -> nn.Module:

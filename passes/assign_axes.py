@@ -28,7 +28,7 @@ from autoshard.axes import Axis, Size, freeze, product_of
 from autoshard.errors import CaptureError
 from autoshard.layouts import Layout
 from autoshard.rules import Call, bind, rule_for, where
-from autoshard.rules.call import Dims, is_tensor, size_of
+from autoshard.rules.call import Dims, is_continuous, is_tensor, size_of
 from autoshard.rules.call import shape_of as plain_shape
 from autoshard.rules.views import frozen
 
@@ -175,7 +175,7 @@ def _inputs_axes(result: Axes) -> list[Axis]:
 def _floating(value: Any) -> bool:
     if isinstance(value, (list, tuple)):
         return any(_floating(v) for v in value)
-    return isinstance(value, torch.Tensor) and (value.is_floating_point() or value.is_complex())
+    return is_continuous(value)
 
 
 def _gives_tensors(value: Any) -> bool:

@@ -49,6 +49,7 @@ from autoshard.compat import is_composite
 from autoshard.derivatives import COMMUNICATING, DERIVATIVES, STOPS, Backward, Gradients
 from autoshard.layer_function import Differentiated
 from autoshard.parts import graph_of, operands_of, place_in_model, results_of
+from autoshard.rules.call import is_continuous
 
 OPERATORS = {binding: target for target, binding in BINDINGS.items()}
 
@@ -126,16 +127,11 @@ def _flowing(nodes: Sequence[fx.Node], asked: Sequence[fx.Node]) -> set[fx.Node]
     for node in nodes:
         if _operator(node) not in STOPS and any(n in found for n in node.all_input_nodes):
             value = node.meta.get(WHOLE, node.meta.get("val"))
-            if isinstance(value, Tensor) and not _is_continuous(value):
+            if isinstance(value, Tensor) and not is_continuous(value):
                 continue
             if not _is_number(node):
                 found.add(node)
     return found
-
-
-def _is_continuous(value: Tensor) -> bool:
-    """Of a dtype that gradients flow through."""
-    return value.dtype.is_floating_point or value.dtype.is_complex
 
 
 def _is_complex(node: fx.Node) -> bool:

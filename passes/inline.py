@@ -23,13 +23,13 @@ from collections.abc import Collection
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 
 from autoshard.analysis import AUTOCAST
 from autoshard.errors import CaptureError
 from autoshard.memory import is_off, storage, very_operand, written
 from autoshard.rules import where
-from autoshard.rules.call import traced_call
+from autoshard.rules.call import is_continuous, traced_call
 
 
 def inline(graph: fx.Graph, sources: Collection[str]) -> fx.Graph:
@@ -125,7 +125,7 @@ def _copied(graph: fx.Graph, inner: fx.Graph, operands: list[Any], autocast: Any
 
 def _flows(value: Any, flowing: set[fx.Node]) -> bool:
     traced = value.meta.get("val") if isinstance(value, fx.Node) else None
-    return value in flowing and isinstance(traced, Tensor) and traced.is_floating_point()
+    return value in flowing and is_continuous(traced)
 
 
 def _refuse_writes(inner: fx.Graph, memory: set[int | None]) -> None:

@@ -78,6 +78,16 @@ class Complex(Block):
         return x + self.mlp(x)
 
 
+class ComplexFrozen(Block):
+    """Complex numbers that depend on parameters, used where no gradient flows."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        turned = torch.view_as_complex(self.norm(x).unflatten(-1, (-1, 2)))
+        with torch.no_grad():
+            scale = torch.view_as_real(turned * turned).flatten(-2)
+        return x + self.mlp(x) * scale
+
+
 class OneForAll(Block):
     """A bias of one number, added to three columns."""
 
@@ -218,6 +228,18 @@ def test_gradients_are_autograds(name: str) -> None:
     for key, grad in mine.items():
         assert_close(grad, theirs[key], rtol=1e-5, atol=1e-5, msg=lambda m, key=key: f"{key}: {m}")
     assert any(g is None for g in mine.values()) == (name in list(MODELS)[3:5])
+
+
+def test_no_gradient_flows_through_complex_values_under_no_grad() -> None:
+    """As through others: compared with the model itself."""
+    torch.manual_seed(0)
+    model, x = Stack(ComplexFrozen), torch.randn(2, 3, H)
+    split = autoshard.parallelize(model.train(), 1, (x,), device="cpu", check_inputs=False)
+    for one in (model, split):
+        one(x).pow(2).sum().backward()
+    for key, parameter in split.named_parameters():
+        expected = model.get_parameter(key).grad
+        assert_close(_local(parameter.grad), expected, msg=lambda m, key=key: f"{key}: {m}")
 
 
 def test_some_of_the_results_are_read() -> None:

@@ -150,6 +150,11 @@ def is_tensor(value: Any) -> bool:
     return isinstance(value, fx.Node) and isinstance(value.meta.get("val"), torch.Tensor)
 
 
+def is_continuous(value: Any) -> bool:
+    """Whether a value is a tensor that gradients can flow to: of floating or of complex numbers."""
+    return isinstance(value, torch.Tensor) and (value.is_floating_point() or value.is_complex())
+
+
 def where(node: fx.Node) -> str:
     """An operator's place for messages: ``aten.softmax at transformer.h.0.attn (model.py:57)``."""
     line = source_line(node)
