@@ -30,7 +30,7 @@ from torch.autograd.function import once_differentiable
 
 from autoshard import ops
 from autoshard.beside import column_products, gradients_begun, has_lanes
-from autoshard.compat import once
+from autoshard.compat import apply_own, once
 from autoshard.groups import Group
 from autoshard.products import as_rows, product
 
@@ -52,10 +52,8 @@ def column_linear(
     if not backward or torch.is_autocast_enabled(x.device.type):
         x = ops.copy(x, group) if backward else x
         return tuple(product(x, w, b, transposed) for w, b in zip(weights, biases, strict=True))
-    function: Any = _ColumnLinear
-    return cast(
-        tuple[Tensor, ...], function.apply(x, group, transposed, len(weights), *weights, *biases)
-    )
+    found = apply_own(_ColumnLinear, x, group, transposed, len(weights), *weights, *biases)
+    return cast(tuple[Tensor, ...], found)
 
 
 def column_gradients(
@@ -123,8 +121,7 @@ def row_linear(
         return reduce(torch.add, given, ops.reduce(reduce(torch.add, products), group))
     y = _parts(xs, group, weights, given, transposed)
     if torch.is_grad_enabled():
-        function: Any = _Sum
-        y = function.apply(y, group, *given) if given else ops.reduce(y, group, True)
+        y = apply_own(_Sum, y, group, *given) if given else ops.reduce(y, group, True)
     else:
         y = group.all_reduce(y, inplace=True)
     return y if first.dim() == 2 else y.view(*first.shape[:-1], y.shape[-1])

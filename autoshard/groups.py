@@ -166,7 +166,8 @@ class ProcessGroupComm:
 
     def all_reduce(self, x: Tensor, op: ReduceOp = "sum", *, inplace: bool = False) -> Tensor:
         """One all-reduce."""
-        x = x.detach()
+        if x.requires_grad:
+            x = x.detach()
         if torch.compiler.is_compiling():
             return _wait(_functional.all_reduce(x.contiguous(), op, self._name))
         if not (inplace and x.is_contiguous()):

@@ -1,11 +1,13 @@
-"""Triton kernels for a GPU, where PyTorch has none that fits: the cross entropy of split classes.
+"""Triton kernels for a GPU, where PyTorch has none that fits: a vocabulary's embedding and cross entropy.
 
-Each reads the logits once, and the second writes the gradient once:
+Two of them read the logits once each, and the second writes the gradient once:
 
-    `statistics`    max_c z_c,  log sum_c exp(z_c - max),  z_y      2 or 4 bytes read a logit
-    `gradient`      scale exp(z_c - maximum) - [c = y] hit          as many again, and written
+    `statistics`    max_c z_c,  log sum_c exp(z_c - max),  z_y          2 or 4 bytes read a logit
+    `gradient`      hit exp(z_c - maximum) / total - [c = y] hit        as many again, and written
 
-against several passes of PyTorch's operators, some of them in float32. Computed in float32.
+against several passes of PyTorch's operators, some of them in float32. The others are numbers of each
+token (`targets`, `own_sum`, `losses`): one launch each in place of five to eight, which is host time; and
+`embedding`, one in place of nine and one pass over the result in place of three. Computed in float32.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from torch import Tensor
 
 BLOCK = 4096  # logits that a program has in registers
 WARPS = 8
+TOKENS = 1024  # of a program that has one number of each
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -43,37 +46,96 @@ def fit(logits: Tensor, class_dim: int, width: int) -> bool:
     return shaped and width > 0 and logits.shape[0] > 0 and logits.dtype in _DTYPES
 
 
+def holds(weight: Tensor, ids: Tensor) -> bool:
+    """Whether the kernel takes this embedding: rows on a GPU, and some of them."""
+    if torch.compiler.is_compiling() or not _on_gpu(weight) or _programs() is None:
+        return False
+    return weight.stride(1) == 1 and weight.numel() > 0 and ids.numel() > 0
+
+
+def embedding(
+    weight: Tensor, ids: Tensor, start: int, rows: int, vocabulary: int, padding: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The rank's rows of the ids, 0 where an id's is elsewhere: [*ids, n]; each id's row here, -1 where
+    it learns nothing, as elsewhere and at `padding`; whether each id is of the `vocabulary`.
+
+    weight: [local, n], of which the first `rows` are those of the ids from `start` on.
+    """
+    ids, columns = ids.contiguous(), weight.shape[1]
+    y = weight.new_empty((*ids.shape, columns))
+    learnt, known = torch.empty_like(ids, dtype=torch.int64), torch.empty_like(ids, dtype=torch.bool)
+    with _device_of(weight):
+        _programs().embedding[ids.numel(), -(-columns // BLOCK)](
+            weight, weight.stride(0), columns, ids, start, rows, vocabulary, padding, y, learnt, known,
+            BLOCK=BLOCK, num_warps=WARPS,
+        )  # fmt: skip
+    return y, learnt, known
+
+
+def targets(given: Tensor, ignored: int, classes: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The target of each token, 0 where it is `ignored`; whether it is not; that as float32; and whether
+    it is one of the `classes` or ignored. given: [N]."""
+    target, weight = torch.empty_like(given, dtype=torch.int64), given.new_empty(given.shape, dtype=torch.float32)
+    valid, known = given.new_empty((2, *given.shape), dtype=torch.bool).unbind()
+    _of_tokens("targets", given.contiguous(), len(given), ignored, classes, target, valid, weight, known)
+    return target, valid, weight, known
+
+
 def statistics(logits: Tensor, width: int, target: Tensor, start: int) -> tuple[Tensor, Tensor, Tensor]:
     """Of each token over the first `width` classes, float32: z's maximum; the logarithm of the sum of
-    exp(z - maximum); and z at the target, 0 where that is elsewhere.
+    exp(z - maximum); and z at the target, 0 where that is elsewhere, with room for a number behind it:
+    [2, N].
 
     logits: [N, >= width]. target: [N], global numbers, the rank's first being `start`.
     """
-    largest, log_sum, picked = logits.new_empty((3, logits.shape[0]), dtype=torch.float32).unbind()
+    found = logits.new_empty((4, logits.shape[0]), dtype=torch.float32)
+    largest, log_sum, picked = found[0], found[1], found[2]
     with _device_of(logits):
         _programs().statistics[logits.shape[0],](
             logits, logits.stride(0), width, target, start, largest, log_sum, picked,
             BLOCK=BLOCK, num_warps=WARPS,
         )  # fmt: skip
-    return largest, log_sum, picked
+    return largest, log_sum, found[2:]
+
+
+def own_sum(largest: Tensor, log_sum: Tensor, maximum: Tensor, local: Tensor) -> None:
+    """local = exp(largest - maximum + log_sum), this rank's part of the sum of exp(z - maximum); 0 where
+    it has no finite logit."""
+    _of_tokens("own_sum", largest, log_sum, maximum, len(local), local)
+
+
+def losses(picked: Tensor, total: Tensor, maximum: Tensor, weight: Tensor, valid: Tensor) -> Tensor:
+    """weight (log total - (picked - maximum)), 0 where it is not `valid`: [N], float32."""
+    loss = torch.empty_like(total)
+    _of_tokens("losses", picked, total, maximum, weight, valid, len(loss), loss)
+    return loss
 
 
 def gradient(
-    logits: Tensor, width: int, target: Tensor, start: int, maximum: Tensor, scale: Tensor, hit: Tensor
-) -> Tensor:
-    """scale exp(z - maximum) - [class = target] hit for the first `width` classes, 0 for the others.
+    logits: Tensor, width: int, target: Tensor, start: int, maximum: Tensor, total: Tensor,
+    weight: Tensor, valid: Tensor, dloss: Tensor,
+) -> Tensor:  # fmt: skip
+    """hit exp(z - maximum) / total - [class = target] hit for the first `width` classes, 0 for others,
+    where hit = weight dloss, 0 where it is not `valid`.
 
-    maximum, scale, hit: [N], float32. Returns [N, classes], contiguous, in the dtype of `logits`.
+    maximum, total, weight, dloss: [N], float32. Returns [N, classes], contiguous, in the dtype of
+    `logits`.
     """
     tokens, classes = logits.shape
     result = torch.empty_like(logits, memory_format=torch.contiguous_format)
     with _device_of(logits):
         _programs().gradient[tokens, -(-classes // BLOCK)](
-            logits, logits.stride(0), width, classes, target, start,
-            maximum.contiguous(), scale.contiguous(), hit.contiguous(), result,
-            BLOCK=BLOCK, num_warps=WARPS,
+            logits, logits.stride(0), width, classes, target, start, maximum, total, weight, valid,
+            dloss, dloss.stride(0), result, BLOCK=BLOCK, num_warps=WARPS,
         )  # fmt: skip
     return result
+
+
+def _of_tokens(name: str, first: Tensor, *given: Any) -> None:
+    """Run a program that has one number of each of `first`'s tokens."""
+    with _device_of(first):
+        program = getattr(_programs(), name)
+        program[-(-len(first) // TOKENS),](first, *given, BLOCK=TOKENS, num_warps=4)
 
 
 def _device_of(x: Tensor) -> Any:

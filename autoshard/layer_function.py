@@ -9,20 +9,27 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, cast
+from operator import attrgetter
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, fx
 
-from autoshard.compat import backward_is_kept, gradients_by_node, gradients_of, once, placed
+from autoshard.compat import (
+    apply_own,
+    backward_is_kept,
+    gradients_by_node,
+    gradients_of,
+    once,
+    placed,
+)
 from autoshard.failures import know
 
 _CODEGEN = threading.Lock()
+_version = attrgetter("_version")  # how often a tensor was written into
 
 
-@dataclass(frozen=True)
-class Record:
+class Record(NamedTuple):
     """What autograd recorded of a part: its leaves that need a gradient, and what was computed."""
 
     leaves: list[Tensor]
@@ -34,14 +41,14 @@ def recorded(body: Any, asked: tuple[bool, ...], *operands: Any) -> tuple[Any, .
 
     asked: of which operands a gradient will be asked.
     """
+    given, leaves = list(operands), []
     with torch.enable_grad():
-        given = [
-            x.detach().requires_grad_() if need else x
-            for x, need in zip(operands, asked, strict=True)
-        ]
+        for place, need in enumerate(asked):
+            if need:
+                given[place] = leaf = operands[place].detach().requires_grad_()
+                leaves.append(leaf)
         results = body.forward(*given)
-    leaves = [x for x, need in zip(given, asked, strict=True) if need]
-    return *(r.detach() if isinstance(r, Tensor) else r for r in results), Record(leaves, results)
+    return *[r.detach() if isinstance(r, Tensor) else r for r in results], Record(leaves, results)
 
 
 def played_back(record: Record, *dys: Tensor | None) -> tuple[Tensor, ...]:
@@ -103,8 +110,7 @@ class Differentiated:
 
     def __call__(self, parameters: Sequence[Tensor], operands: Sequence[Any]) -> Any:
         """The layer's results; the parameters may be DTensors."""
-        apply = cast(Callable[..., tuple[Tensor, ...]], _Layer.apply)
-        results = apply(self, len(parameters), *parameters, *operands)
+        results: tuple[Tensor, ...] = apply_own(_Layer, self, len(parameters), *parameters, *operands)
         return results if self.several else results[0]
 
 
@@ -120,8 +126,9 @@ class _Layer(torch.autograd.Function):
         # A result that is kept would keep this function alive, which made it.
         ctx.kept = [x.detach() if aliases else x for x, aliases in zip(kept, made.given, strict=True)]
         # Both a DTensor and its share may be written into.
-        ctx.parameters = [values[place] for place in made.operands if place < count]
-        ctx.versions = _versions(ctx)
+        written = [x for x in ctx.kept if isinstance(x, Tensor)]
+        written += [values[place] for place in made.operands if place < count]
+        ctx.read, ctx.versions = written, list(map(_version, written))
         ctx.made, ctx.placed = made, own
         if len(results) > 1:
             ctx.like = [
@@ -146,8 +153,9 @@ class _Layer(torch.autograd.Function):
                 "Trying to backward through the graph a second time, after what it kept was freed: "
                 "call backward or autograd.grad with retain_graph=True the first time"
             )
-        if _versions(ctx) != ctx.versions:
-            changed = zip(_held(ctx), _versions(ctx), ctx.versions, strict=True)
+        versions = list(map(_version, ctx.read))
+        if versions != ctx.versions:
+            changed = zip(ctx.read, versions, ctx.versions, strict=True)
             x, now, before = next(found for found in changed if found[1] != found[2])
             raise RuntimeError(
                 "one of the variables needed for gradient computation has been modified by an "
@@ -157,7 +165,7 @@ class _Layer(torch.autograd.Function):
         if backward_is_kept():
             kept = list(kept)
         else:
-            ctx.kept = ctx.parameters = None
+            ctx.kept = ctx.read = None
         kept.reverse()
         read = {place for place, dy in enumerate(dys) if dy is not None}
         if not read:  # what comes behind gave none
@@ -177,13 +185,3 @@ class _Layer(torch.autograd.Function):
         nodes = [node for node, _ in ctx.next_functions[:count]]
         own, others = grads[:count], grads[count:]
         return None, None, *gradients_of(ctx.placed, nodes, own, others=others), *others
-
-
-def _held(ctx: Any) -> list[Any]:
-    """What the backward pass reads, and the parameters whose shares are among it."""
-    return [*ctx.kept, *ctx.parameters]
-
-
-def _versions(ctx: Any) -> list[int]:
-    """How often each was written into."""
-    return [x._version if isinstance(x, Tensor) else 0 for x in _held(ctx)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -50,11 +51,13 @@ def _differentiated(
     if not torch.is_grad_enabled() or are_saved_tensors_hooked():
         return None
     needed = (
-        *(p.requires_grad for p in held),
-        *(isinstance(x, Tensor) and x.requires_grad for x in operands),
+        *[p.requires_grad for p in held],
+        *[isinstance(x, Tensor) and x.requires_grad for x in operands],
     )
-    device = next((x.device.type for x in (*operands, *held) if isinstance(x, Tensor)), "cpu")
-    if not any(needed) or torch.is_autocast_enabled(device):
+    if True not in needed:
+        return None
+    tensor = next(x for x in (*operands, *held) if isinstance(x, Tensor))
+    if torch.is_autocast_enabled(tensor.device.type):
         return None
     known: dict[tuple[bool, ...], Differentiated | None] = body.__dict__.setdefault("known", {})
     if needed not in known:
@@ -75,14 +78,22 @@ def reshard(model: nn.Module) -> None:
 
 def find(module: nn.Module, path: str) -> Any:
     """The parameter, buffer or submodule of this name, past the module's own lookup of attributes."""
-    *parents, last = path.split(".")
+    *parents, last = _names(path)
     for name in parents:
         module = module._modules[name]  # type: ignore[assignment]
+    parameter = module._parameters.get(last)
+    if parameter is not None:
+        return parameter
     # DistributedDataParallel puts what it made of a DTensor where plain attributes are.
     for kind in (module._parameters, module._buffers, module._modules, module.__dict__):
         if last in kind:
             return kind[last]
     raise AttributeError(f"{type(module).__name__} has no {last}")
+
+
+@cache
+def _names(path: str) -> list[str]:
+    return path.split(".")
 
 
 def container(root: nn.Module, model: nn.Module, path: str) -> tuple[nn.Module, str]:

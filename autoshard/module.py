@@ -392,15 +392,15 @@ class ParallelModule(Holder):
     def _known(self, key: Any, flat: list[Any]) -> Compiled | None:
         """The graph that holds for these inputs; None where it has still to be captured."""
         place = key, shapes_of(flat)
-        if place not in self._fits:
+        known = self._fits.get(place)
+        if known is None:
             fitting = (c for c in self._compiled if c.key == key and c.captured.holds(flat))
             known = next(fitting, None)
-            if known is None:
-                return None
-            if len(self._fits) >= KEPT:
-                self._fits.clear()
-            self._fits[place] = known
-        return self._fits[place]
+            if known is not None:
+                if len(self._fits) >= KEPT:
+                    self._fits.clear()
+                self._fits[place] = known
+        return known
 
     def _find(
         self, key: Any, flat: list[Any], given: Given, known: Compiled | None, part: str | None = None

@@ -27,7 +27,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from autoshard import kernels
-from autoshard.compat import once
+from autoshard.compat import apply_own, once
 from autoshard.failures import Line, line_of_graph
 from autoshard.groups import Group
 from autoshard.random_streams import checkpoint_contexts
@@ -157,8 +157,10 @@ def vocab_embedding(
     Raises IndexError for an id outside [0, vocab); on CUDA a device assertion, as in PyTorch.
     Source: arXiv 1909.08053, section 3.
     """
-    _check_indices(ids, vocab, "id", "the vocabulary")
-    return _apply(_VocabEmbedding, weight, ids, group.coordinate * rows, rows, padding_idx)
+    start = group.coordinate * rows
+    if not kernels.holds(weight, ids):
+        _check_indices(ids, vocab, "id", "the vocabulary")
+    return _apply(_VocabEmbedding, weight, ids, start, rows, vocab, padding_idx)
 
 
 def vocab_cross_entropy(
@@ -210,16 +212,19 @@ def vocab_cross_entropy(
         raise ValueError(f"label_smoothing must be in [0, 1], got {label_smoothing}")
     if reduction not in (NONE, MEAN, SUM):
         raise ValueError(f"reduction must be {NONE}, {MEAN} or {SUM}, got {reduction}")
-    valid = target != ignore_index
-    target = torch.where(valid, target, 0).long()
-    _check_indices(target, vocab, "target", "the classes")
-
     compute = torch.promote_types(logits.dtype, torch.float32)
-    token_weight = valid.to(compute)
+    width = max(0, min(rows, vocab - group.coordinate * rows))
+    if kernels.fit(logits, class_dim, width):
+        target, valid, token_weight, known = kernels.targets(target, ignore_index, vocab)
+        _assert_all(known, vocab, "target", "the classes")
+    else:
+        valid = target != ignore_index
+        target = torch.where(valid, target, 0).long()
+        _check_indices(target, vocab, "target", "the classes")
+        token_weight = valid.to(compute)
     if weight is not None:
         weight = weight.to(compute)
         token_weight = token_weight * weight[target]
-    width = max(0, min(rows, vocab - group.coordinate * rows))
     split = _SplitClasses(group, vocab, group.coordinate * rows, width, class_dim)
     losses = _apply(
         _VocabCrossEntropy, logits, target, valid, token_weight, weight, split, label_smoothing
@@ -235,7 +240,7 @@ def vocab_cross_entropy(
 
 
 def _apply(function: type[torch.autograd.Function], *args: Any) -> Tensor:
-    return cast(Tensor, function.apply(*args))
+    return cast(Tensor, apply_own(function, *args))
 
 
 def line() -> Line | None:
@@ -248,13 +253,17 @@ def _check_indices(indices: Tensor, size: int, name: str, of: str) -> None:
     if indices.is_meta or indices.numel() == 0 or torch.compiler.is_compiling():
         return
     if indices.is_cuda:
-        inside = ((indices >= 0) & (indices < size)).all()
-        torch._assert_async(inside, f"{name} out of range: {of} has {size} entries")
+        _assert_all((indices >= 0) & (indices < size), size, name, of)
         return
     low, high = (int(bound) for bound in torch.aminmax(indices))
     if low < 0 or high >= size:
         wrong = low if low < 0 else high
         raise IndexError(f"{name} {wrong} is out of range: {of} has {size} entries")
+
+
+def _assert_all(known: Tensor, size: int, name: str, of: str) -> None:
+    """Raises where one of the indices was not of the `size`, at some later time on CUDA."""
+    torch._assert_async(known.all(), f"{name} out of range: {of} has {size} entries")
 
 
 class _Copy(torch.autograd.Function):
@@ -326,14 +335,19 @@ class _Scatter(torch.autograd.Function):
 class _VocabEmbedding(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, weight: Tensor, ids: Tensor, start: int, rows: int, padding_idx: int
+        ctx: Any, weight: Tensor, ids: Tensor, start: int, rows: int, vocab: int, padding_idx: int
     ) -> Tensor:
+        ctx.local_rows = weight.shape[0]
+        if kernels.holds(weight, ids):
+            y, learnt, known = kernels.embedding(weight, ids, start, rows, vocab, padding_idx)
+            _assert_all(known, vocab, "id", "the vocabulary")
+            ctx.save_for_backward(learnt)
+            return y
         inside = (ids >= start) & (ids < start + rows)
         local = torch.where(inside, ids - start, 0)
         # embedding_dense_backward skips the index that it is told is padding.
         learnt = inside if padding_idx < 0 else inside & (ids != padding_idx)
         ctx.save_for_backward(torch.where(learnt, local, -1))
-        ctx.local_rows = weight.shape[0]
         if not ctx.local_rows:
             return weight.new_zeros(*ids.shape, weight.shape[1])
         return F.embedding(local, weight).masked_fill(~inside.unsqueeze(-1), 0)
@@ -343,7 +357,7 @@ class _VocabEmbedding(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         (local,) = ctx.saved_tensors
         dweight = torch.ops.aten.embedding_dense_backward(dy, local, ctx.local_rows, -1, False)
-        return dweight, None, None, None, None
+        return dweight, None, None, None, None, None
 
 
 @dataclass(frozen=True)
@@ -394,11 +408,19 @@ class _VocabCrossEntropy(torch.autograd.Function):
     ) -> Tensor:
         dim, dtype = split.dim, token_weight.dtype
         own = split.own(logits)
-        if kernels.fit(logits, dim, split.width):
-            largest, log_sum, picked = kernels.statistics(logits, split.width, target, split.start)
+        ctx.split, ctx.smoothing = split, smoothing
+        in_kernels = kernels.fit(logits, dim, split.width)
+        if in_kernels:
+            largest, log_sum, pair = kernels.statistics(logits, split.width, target, split.start)
+            picked = pair[0]
         else:
             largest, log_sum, picked = _statistics(own, target, split, dtype)
         maximum = split.group.all_reduce(largest, "max")
+        if in_kernels and not smoothing:  # what follows, in two launches
+            kernels.own_sum(largest, log_sum, maximum, pair[1])
+            picked, total = split.group.all_reduce(pair, inplace=True)
+            ctx.save_for_backward(logits, target, valid, token_weight, weight, maximum, total)
+            return kernels.losses(picked, total, maximum, token_weight, valid)
 
         local = torch.where(largest == -torch.inf, 0, (largest - maximum + log_sum).exp())
         sums = [picked, local]
@@ -413,7 +435,6 @@ class _VocabCrossEntropy(torch.autograd.Function):
             mass = split.classes if weight is None else weight.sum()
             loss = loss + smoothing / split.classes * (mass * log_total - smooth[0])
         ctx.save_for_backward(logits, target, valid, token_weight, weight, maximum, total)
-        ctx.split, ctx.smoothing = split, smoothing
         return torch.where(valid, loss, 0)
 
     @staticmethod
@@ -422,13 +443,15 @@ class _VocabCrossEntropy(torch.autograd.Function):
         logits, target, valid, token_weight, weight, maximum, total = ctx.saved_tensors
         split, smoothing = ctx.split, ctx.smoothing
         dim, dtype = split.dim, token_weight.dtype
+        if not smoothing and kernels.fit(logits, dim, split.width):
+            dz = kernels.gradient(
+                logits, split.width, target, split.start, maximum, total, token_weight, valid, dloss
+            )
+            return dz, None, None, None, None, None, None
         mass = split.classes if weight is None else weight.sum()
         hit = torch.where(valid, (1 - smoothing) * token_weight * dloss, 0)
         spread = torch.where(valid, smoothing / split.classes * dloss, 0)
         scale = (hit + mass * spread) / total
-        if not smoothing and kernels.fit(logits, dim, split.width):
-            dz = kernels.gradient(logits, split.width, target, split.start, maximum, scale, hit)
-            return dz, None, None, None, None, None, None
         scale, maximum = scale.unsqueeze(dim), maximum.unsqueeze(dim)
         if torch.compiler.is_compiling():
             dz = _one_expression(split, logits, target, maximum, scale, hit, spread, weight)

@@ -60,18 +60,22 @@ def local(parameters: Mapping[str, Tensor], together: bool = False) -> dict[str,
     together: they are one layer's, and their gradients come when all of them are there.
     """
     found = dict(parameters)
+    if torch.compiler.is_compiling():
+        return {n: p.to_local() if isinstance(p, DTensor) else p for n, p in found.items()}
     layers: dict[str, dict[str, DTensor]] = {}
     for name, parameter in parameters.items():
         if isinstance(parameter, DTensor):
-            if torch.compiler.is_compiling():
-                found[name] = parameter.to_local()
-            else:
-                path = name.rpartition(".")[0]
-                of = "" if together else layer_of(path) or path
-                layers.setdefault(of, {})[name] = parameter
+            layers.setdefault("" if together else _owner(name), {})[name] = parameter
     for layer in layers.values():
         found.update(zip(layer, shares(list(layer.values())), strict=True))
     return found
+
+
+@cache
+def _owner(name: str) -> str:
+    """The layer that has the parameter, else the module."""
+    path = name.rpartition(".")[0]
+    return layer_of(path) or path
 
 
 @cache

@@ -56,7 +56,7 @@ def note(collective: str, ranks: Sequence[int], group: dist.ProcessGroup, device
     record(end, device)
     way, line = way_and_line(depth=3)  # from all_reduce, which calls _note, which calls this
     _issued.append(_Issued(end, collective, ranks, group, way, line))
-    if _watch is None or not _watch.thread.is_alive():
+    if _watch is None:
         _watch = _Watch()
 
 
@@ -90,6 +90,14 @@ class _Watch:
         self.thread.join(GRACE)
 
     def _look(self) -> None:
+        global _watch
+        try:
+            self._until_one_stands()
+        finally:
+            if _watch is self:
+                _watch = None
+
+    def _until_one_stands(self) -> None:
         first, since = None, 0.0  # which one, and when it was first seen to be
         while not self._ended.wait(INTERVAL):
             try:

@@ -1,4 +1,4 @@
-"""The kernels of the cross entropy, run by Triton's interpreter: the values are PyTorch's."""
+"""The kernels of a vocabulary, run by Triton's interpreter: the values are PyTorch's."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import example, given, settings
 from torch import Tensor
 
@@ -21,7 +22,9 @@ LOCK = threading.Lock()  # the interpreter is for one thread at a time
 
 @pytest.fixture(autouse=True)
 def in_kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Tensors count as those of a GPU: Triton interprets (tests/conftest.py). Both kernels are used."""
+    """Tensors count as those of a GPU: Triton interprets (tests/conftest.py). The kernels are used: those
+    of the cross entropy, or that of the embedding."""
+    names = {"targets", "statistics", "own_sum", "losses", "gradient"}
     used = set()
 
     def alone(name: str, kernel: Any, *args: Any) -> Any:
@@ -29,12 +32,13 @@ def in_kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
             used.add(name)
             return kernel(*args)
 
-    for name in ("statistics", "gradient"):
+    for name in (*names, "embedding"):
         monkeypatch.setattr(kernels, name, partial(alone, name, getattr(kernels, name)))
     monkeypatch.setattr(kernels, "_on_gpu", lambda x: True)
     monkeypatch.setattr(kernels, "BLOCK", 4)  # several to a row
+    monkeypatch.setattr(kernels, "TOKENS", 2)
     yield
-    assert used == {"statistics", "gradient"}
+    assert used in (names, {"embedding"})
 
 
 KERNEL = CASE | {"label_smoothing": 0.0, "dtype": torch.float32, "batch": (6,)}
@@ -105,3 +109,64 @@ def test_rows_that_lie_apart() -> None:
         return grad_of(mine)
 
     torch.testing.assert_close(torch.cat(run_ranks(split, 2), 1), grad_of(expected))
+
+
+@pytest.mark.parametrize("wrong", [-1, 14, -100])
+def test_a_target_that_is_no_class(wrong: int) -> None:
+    """It is an error, unless it is the one that is ignored."""
+
+    def split(ctx: RankContext) -> Tensor:
+        mine = torch.randn(3, 7, requires_grad=True)
+        target = torch.tensor([3, 13, wrong])
+        ops.vocab_cross_entropy(mine, target, ctx.group(2), 14, 7).backward()
+        return mine.detach()
+
+    if wrong == -100:
+        run_ranks(split, 2)
+        return
+    with pytest.raises(RuntimeError, match="target out of range: the classes has 14 entries"):
+        run_ranks(split, 2)
+    run_ranks(lambda ctx: ops.vocab_cross_entropy(  # the fixture asks for the others
+        torch.randn(3, 7, requires_grad=True), torch.tensor([3, 13, 0]), ctx.group(2), 14, 7
+    ).backward(), 2)  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", [torch.int64, torch.int32])
+@pytest.mark.parametrize("padding", [-1, 0, 8])
+@pytest.mark.parametrize("shape", [(), (5,), (2, 3, 2)])
+def test_embedding(
+    dtype: torch.dtype, kind: torch.dtype, padding: int, shape: tuple[int, ...]
+) -> None:
+    """Rows of a table that is split in two with padding behind, of columns of a wider one."""
+    table = torch.randn(11, 9, dtype=dtype)
+    ids = torch.randint(0, 11, shape, dtype=kind)
+    whole = table.clone().requires_grad_()
+    dy = torch.randn(*shape, 9, dtype=dtype)
+    expected = F.embedding(ids.long(), whole, None if padding < 0 else padding)
+    expected.backward(dy)
+
+    def split(ctx: RankContext) -> tuple[Tensor, Tensor]:
+        part = table[6 * ctx.rank : 6 * ctx.rank + 6]
+        mine = torch.full((7, 12), 1e4, dtype=dtype)[:, 2:11]
+        mine[: len(part)] = part
+        mine.requires_grad_()
+        y = ops.vocab_embedding(mine, ids, ctx.group(2), 11, 6, padding)
+        y.backward(dy)
+        return y.detach(), grad_of(mine)
+
+    (first, one), (second, other) = run_ranks(split, 2)
+    torch.testing.assert_close(first + second, expected.detach(), rtol=0, atol=0)
+    torch.testing.assert_close(torch.cat([one[:6], other[:5]]), grad_of(whole))
+    assert not one[6:].any() and not other[5:].any()
+
+
+@pytest.mark.parametrize("wrong", [-1, 11])
+def test_an_id_that_is_not_in_the_vocabulary(wrong: int) -> None:
+    """It is an error, also where a rank has a row for it."""
+
+    def split(ctx: RankContext) -> Tensor:
+        return ops.vocab_embedding(torch.randn(6, 4), torch.tensor([2, wrong]), ctx.group(2), 11, 6)
+
+    with pytest.raises(RuntimeError, match="id out of range: the vocabulary has 11 entries"):
+        run_ranks(split, 2)
