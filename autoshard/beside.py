@@ -40,10 +40,11 @@ def gradients_begun(
     joined: products may run side by side; the gradients may be views of one tensor then.
     """
     beside, together = dys, weights
-    if together and joined:
+    if together and joined and len(dys) > 1:
         beside, together = side_by_side(dys, together, transposed)
-    one = all(trained) and len(beside) < len(dys)
-    own = beside if one else [dy for dy, train in zip(dys, trained, strict=True) if train]
+    untrained = False in trained
+    one = len(beside) < len(dys) and not untrained
+    own = [dy for dy, train in zip(dys, trained, strict=True) if train] if untrained else beside
     running: Callable[[], Tensor] | None = None
     lane: Lane | None = None
     if together:
@@ -72,6 +73,8 @@ def _gradients_of_weights(
                 found.append(gradient_of_weight(x, dy, transposed))
         finally:
             lane.take_back()
+    if len(found) == len(dys):
+        return found
     return found + [gradient_of_weight(x, dy, transposed) for dy in dys[len(found) :]]
 
 

@@ -43,6 +43,15 @@ BINDINGS: dict[Any, Callable[..., Any]] = {
 }
 
 
+_OPERATORS = {binding: target for target, binding in BINDINGS.items()}
+
+
+def operator_of(node: fx.Node) -> Any:
+    """What a node calls: the operator of a binding."""
+    target: Any = node.target
+    return _OPERATORS.get(target, target)
+
+
 def bind(graph: fx.Graph) -> fx.Graph:
     """A copy of the graph that calls bindings where there are any; nodes keep names and meta."""
     new = fx.Graph()

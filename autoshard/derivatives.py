@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from autoshard import fused_ops, ops
+from autoshard import fused_ops, ops, products
 from autoshard.analysis import WHOLE
 
 aten = torch.ops.aten
@@ -65,25 +65,39 @@ def alike(*values: Any) -> bool:
     """
     found = [val_of(value) for value in values]
     kinds = {(tuple(map(str, t.shape)), t.dtype) for t in found if t is not None}
-    return None not in found and len(kinds) == 1
+    return all(t is not None for t in found) and len(kinds) == 1
 
 
 # -- matmuls -------------------------------------------------------------------------------------
 
 
-def _rows(b: Builder, value: Any) -> fx.Node:
-    """[..., n] -> [tokens, n]; what is that already stays as it is."""
-    return b.then(torch.flatten, value, 0, -2)
+def _are_rows(x: Any) -> bool:
+    """Whether a matmul's operand, and so its result, is [tokens, n]."""
+    val = val_of(x)
+    return val is not None and val.dim() == 2
 
 
-def _of_input(b: Builder, dy: fx.Node, weight: Any, transposed: bool) -> fx.Node:
-    """dy Wᵀ for W: [in, out]."""
-    return b.then(torch.mm, dy, b.then(torch.t, weight) if transposed else weight)
+def _rows(b: Builder, x: Any, value: Any) -> Any:
+    """A matmul's operand `x`, or the gradient of its result: [..., n] -> [tokens, n]."""
+    return value if _are_rows(x) else b.then(torch.flatten, value, 0, -2)
+
+
+def _size(b: Builder, x: Any) -> fx.Node | None:
+    """Of an operand; None of rows, whose gradient needs no view."""
+    return None if _are_rows(x) else b.now(Tensor.size, x)
+
+
+def _of_input(
+    b: Builder, dy: fx.Node, weight: Any, transposed: bool, size: fx.Node | None
+) -> fx.Node:
+    """dy Wᵀ for W: [in, out], in the operand's shape."""
+    dx = b.then(torch.mm, dy, b.then(torch.t, weight) if transposed else weight)
+    return dx if size is None else b.then(Tensor.view, dx, size)
 
 
 def _of_weight(b: Builder, x: Any, dy: fx.Node, transposed: bool) -> fx.Node:
     """xᵀ dy, as W lies."""
-    rows = _rows(b, x)
+    rows = _rows(b, x, x)
     left, right = (rows, dy) if transposed else (dy, rows)
     return b.then(torch.mm, b.then(torch.t, left), right)
 
@@ -112,12 +126,12 @@ def _fits(bias: Any, weight: Any, dim: int) -> bool:
 
 
 def _one(b: Builder, x: Any, weight: Any, bias: Any, transposed: bool) -> Made:
-    y, size = _product(b, x, weight, bias, transposed), b.now(Tensor.size, x)
+    y, size = _product(b, x, weight, bias, transposed), _size(b, x)
 
     def gradients(whole: fx.Node) -> Gradients:
-        dy = _rows(b, whole)
+        dy = _rows(b, x, whole)
         if b.flows(x):
-            yield x, b.then(Tensor.view, _of_input(b, dy, weight, transposed), size)
+            yield x, _of_input(b, dy, weight, transposed, size)
         if b.flows(weight):
             yield weight, _of_weight(b, x, dy, transposed)
         if b.flows(bias):
@@ -141,7 +155,7 @@ def _column_linear(
     b: Builder, x: Any, group: Any, weights: Sequence[Any], biases: Sequence[Any], transposed: bool
 ) -> Made:
     ys = [_product(b, x, *both, transposed) for both in zip(weights, biases, strict=True)]
-    size = b.now(Tensor.size, x)
+    size = _size(b, x)
 
     def gradients(*dys: fx.Node | None) -> Gradients:
         trained, biased = [[b.flows(v) for v in values] for values in (weights, biases)]
@@ -168,16 +182,15 @@ def _row_linear(
     if any(_unlike(x, xs[0]) for x in xs[1:]):
         return None
     y = b.now(fused_ops.row_linear, tuple(xs), group, tuple(weights), tuple(biases), transposed)
-    sizes = [b.now(Tensor.size, x) for x in xs]
+    sizes = [_size(b, x) for x in xs]
 
     def gradients(whole: fx.Node) -> Gradients:
-        dy = _rows(b, whole)
+        dy = _rows(b, xs[0], whole)
         for x, weight, size in zip(xs, weights, sizes, strict=True):
             if b.flows(weight):
                 yield weight, _of_weight(b, x, dy, transposed)
             if b.flows(x):
-                dx = _of_input(b, dy, weight, transposed)
-                yield x, b.then(Tensor.view, dx, size)
+                yield x, _of_input(b, dy, weight, transposed, size)
         trained = [bias for bias in biases if b.flows(bias)]
         if trained:
             dbias = b.then(torch.sum, dy, 0)
@@ -275,6 +288,16 @@ def _shaped(forward: Callable[..., Any]) -> Rule:
     return rule
 
 
+def _flatten(b: Builder, x: Any, first: int = 0, last: int = -1) -> Made:
+    y, size = b.now(torch.flatten, x, first, last), b.now(Tensor.size, x)
+    return y, lambda dy: [(x, b.then(torch.reshape, dy, size))]
+
+
+def _as_tokens(b: Builder, rows: Any, size: Any) -> Made:
+    y = b.now(products.as_tokens, rows, size)
+    return y, lambda dy: [(rows, b.then(torch.flatten, dy, 0, -2))]
+
+
 def _transpose(b: Builder, x: Any, first: int, second: int) -> Made:
     y = b.now(torch.transpose, x, first, second)
     return y, lambda dy: [(x, b.then(torch.transpose, dy, first, second))]
@@ -332,11 +355,13 @@ DERIVATIVES: dict[Any, Rule] = {
     aten.mul.Tensor: _mul,
     aten.view.default: _shaped(Tensor.view),
     aten.reshape.default: _shaped(torch.reshape),
+    aten.flatten.using_ints: _flatten,
+    products.as_tokens: _as_tokens,
     aten.transpose.int: _transpose,
     aten.permute.default: _permute,
     aten.unsqueeze.default: _unsqueeze,
     aten.split_with_sizes.default: _split,
     aten.chunk.default: _chunk,
 }
-STOPS = (aten.detach.default,)  # no gradient flows through
+STOPS = (aten.detach.default, Tensor.size)  # no gradient flows through
 COMMUNICATING = (fused_ops.column_linear, fused_ops.row_linear)

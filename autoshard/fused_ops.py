@@ -58,7 +58,7 @@ def column_linear(
 
 def column_gradients(
     x: Tensor | None,
-    shape: Sequence[int],
+    shape: Sequence[int] | None,
     group: Group,
     weights: Sequence[Tensor] | None,
     dys: Sequence[Tensor | None],
@@ -68,30 +68,38 @@ def column_gradients(
 ) -> tuple[Tensor | None, ...]:
     """The gradients of `column_linear`: of `x`, of each weight, of each bias; None where not asked.
 
-    x: [..., in] of `shape`; None where no weight's gradient is asked. weights: None where that of `x`
-    is not. dys: [..., out_i]; None of a result that nobody used.
+    x: [..., in] of `shape`, or rows where that is None; None where no weight's gradient is asked.
+    weights: None where that of `x` is not. dys: [..., out_i]; None of a result that nobody used.
     """
-    rows = [None if dy is None else as_rows(dy) for dy in dys]
-    there = [place for place, dy in enumerate(rows) if dy is not None]
-    used = [dy for dy in rows if dy is not None]
-    wide = None if x is None else as_rows(x)
-    own = None if weights is None else [weights[place] for place in there]
-    trained = [x is not None and of_weights[place] for place in there]
-    running: Callable[[], Tensor] | None = None
-    if torch.compiler.is_compiling() and own and any(trained) and has_lanes(group):
-        dx, *of_used = column_products(wide, used, own, trained, transposed, group.number)
-        running = lambda: dx  # noqa: E731
+    if any([dy is None for dy in dys]):  # then it is as if there were fewer weights
+        there = [place for place, dy in enumerate(dys) if dy is not None]
+        own = None if weights is None else [weights[place] for place in there]
+        asked = [[asked[place] for place in there] for asked in (of_weights, of_biases)]
+        some = [dys[place] for place in there]
+        dx, *found = column_gradients(x, shape, group, own, some, transposed, *asked)
+        gradients: list[Tensor | None] = [None] * (2 * len(dys))
+        for index, place in enumerate(there):
+            gradients[place], gradients[len(dys) + place] = found[index], found[len(there) + index]
+        return dx, *gradients
+    rows = [as_rows(dy) for dy in cast(Sequence[Tensor], dys)]
+    if x is None:
+        wide, trained = None, [False] * len(rows)
     else:
-        running, of_used = gradients_begun(wide, used, own, trained, transposed, group)
-    found: list[Tensor | None] = [None] * len(rows)
-    asked = [place for place, train in zip(there, trained, strict=True) if train]
-    for place, gradient in zip(asked, of_used, strict=True):
-        found[place] = gradient
-    sums = [
-        dy.sum(0) if asked and dy is not None else None
-        for dy, asked in zip(rows, of_biases, strict=True)
-    ]
-    return None if running is None else running().view(shape), *found, *sums
+        wide, trained = as_rows(x), list(of_weights)
+    running: Callable[[], Tensor] | None = None
+    if torch.compiler.is_compiling() and weights and True in trained and has_lanes(group):
+        summed, *of_used = column_products(wide, rows, weights, trained, transposed, group.number)
+        running = lambda: summed  # noqa: E731
+    else:
+        running, of_used = gradients_begun(wide, rows, weights, trained, transposed, group)
+    sums = [dy.sum(0) if asked else None for dy, asked in zip(rows, of_biases, strict=True)]
+    if False in trained:
+        left = iter(of_used)
+        of_used = [next(left) if train else None for train in trained]
+    if running is None:
+        return None, *of_used, *sums
+    dx = running()
+    return dx if shape is None else dx.view(shape), *of_used, *sums
 
 
 def row_linear(
@@ -146,7 +154,9 @@ def _parts(
 
 def _bias(biases: Sequence[Tensor], group: Group) -> Tensor | None:
     """What this rank adds to its product: of the first one all biases."""
-    return reduce(torch.add, (b.detach() for b in biases)) if biases and not group.coordinate else None
+    if group.coordinate or not biases:
+        return None
+    return reduce(torch.add, [b.detach() if b.requires_grad else b for b in biases])
 
 
 def _unlike(x: Tensor, y: Tensor) -> bool:

@@ -1,13 +1,13 @@
-"""Triton kernels for a GPU, where PyTorch has none that fits: a vocabulary's embedding and cross entropy.
+"""Triton kernels for a GPU, where PyTorch has none that fits: a vocabulary's two ends.
 
 Two of them read the logits once each, and the second writes the gradient once:
 
     `statistics`    max_c z_c,  log sum_c exp(z_c - max),  z_y          2 or 4 bytes read a logit
     `gradient`      hit exp(z_c - maximum) / total - [c = y] hit        as many again, and written
 
-against several passes of PyTorch's operators, some of them in float32. The others are numbers of each
-token (`targets`, `own_sum`, `losses`): one launch each in place of five to eight, which is host time; and
-`embedding`, one in place of nine and one pass over the result in place of three. Computed in float32.
+against several passes of PyTorch's operators, some of them in float32. The others save launches, which is
+the host's time: `targets`, `own_sum` and `losses` take one each in place of five to eight, `embedding`
+one in place of nine, and one pass over the result in place of three. Computed in float32.
 """
 
 from __future__ import annotations
@@ -73,11 +73,13 @@ def embedding(
 
 
 def targets(given: Tensor, ignored: int, classes: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The target of each token, 0 where it is `ignored`; whether it is not; that as float32; and whether
-    it is one of the `classes` or ignored. given: [N]."""
-    target, weight = torch.empty_like(given, dtype=torch.int64), given.new_empty(given.shape, dtype=torch.float32)
-    valid, known = given.new_empty((2, *given.shape), dtype=torch.bool).unbind()
-    _of_tokens("targets", given.contiguous(), len(given), ignored, classes, target, valid, weight, known)
+    """The target of each token, 0 where it is `ignored`; whether it is not; that as float32; and
+    whether it is one of the `classes` or ignored. given: [N]."""
+    target = torch.empty_like(given, dtype=torch.int64)
+    weight = torch.empty_like(given, dtype=torch.float32)
+    valid, known = given.new_empty((2, len(given)), dtype=torch.bool)
+    given, count = given.contiguous(), len(given)
+    _of_tokens("targets", given, count, ignored, classes, target, valid, weight, known)
     return target, valid, weight, known
 
 
@@ -99,8 +101,8 @@ def statistics(logits: Tensor, width: int, target: Tensor, start: int) -> tuple[
 
 
 def own_sum(largest: Tensor, log_sum: Tensor, maximum: Tensor, local: Tensor) -> None:
-    """local = exp(largest - maximum + log_sum), this rank's part of the sum of exp(z - maximum); 0 where
-    it has no finite logit."""
+    """local = exp(largest - maximum + log_sum), this rank's part of the sum of exp(z - maximum); 0
+    where all its logits are -inf."""
     _of_tokens("own_sum", largest, log_sum, maximum, len(local), local)
 
 

@@ -8,9 +8,10 @@ are recorded by autograd one by one, as they would be without this.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from operator import attrgetter
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx
@@ -29,7 +30,8 @@ _CODEGEN = threading.Lock()
 _version = attrgetter("_version")  # how often a tensor was written into
 
 
-class Record(NamedTuple):
+@dataclass(frozen=True)
+class Record:
     """What autograd recorded of a part: its leaves that need a gradient, and what was computed."""
 
     leaves: list[Tensor]

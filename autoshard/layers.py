@@ -15,6 +15,7 @@ from autoshard.compat import are_saved_tensors_hooked
 from autoshard.groups import ProcessGroupComm, SingleGroup
 from autoshard.layer_function import Differentiated
 from autoshard.passes.differentiate import differentiate
+from autoshard.passes.tokens_as_rows import tokens_as_rows
 from autoshard.paths import layer_of
 from autoshard.random_streams import begin_traced, end_traced
 
@@ -61,7 +62,7 @@ def _differentiated(
         return None
     known: dict[tuple[bool, ...], Differentiated | None] = body.__dict__.setdefault("known", {})
     if needed not in known:
-        known[needed] = differentiate(body.graph, needed)
+        known[needed] = differentiate(tokens_as_rows(body.graph), needed)
     return known[needed]
 
 

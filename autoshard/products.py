@@ -19,7 +19,12 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool) ->
 
 def as_rows(x: Tensor) -> Tensor:
     """[..., n] -> [tokens, n]."""
-    return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+    return x if x.dim() == 2 else x.flatten(0, -2)
+
+
+def as_tokens(rows: Tensor, size: Sequence[int]) -> Tensor:
+    """[tokens, n] -> [..., n]; size: of a tensor of this shape, but for its last dimension."""
+    return rows.view(*size[:-1], rows.shape[1])
 
 
 def gradient_of_weight(x: Tensor, dy: Tensor, transposed: bool) -> Tensor:

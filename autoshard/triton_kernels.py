@@ -6,10 +6,11 @@ import triton
 import triton.language as tl
 
 
-@triton.jit(do_not_specialize=["start", "rows", "vocabulary", "padding"])  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=["start", "rows", "vocabulary", "padding"])  # type: ignore
 def embedding(  # type: ignore[no-untyped-def]
-    weight, stride, columns, ids, start, rows, vocabulary, padding, y, learnt, known, BLOCK: tl.constexpr
-):
+    weight, stride, columns, ids, start, rows, vocabulary, padding, y, learnt, known,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
     at = tl.load(ids + token).to(tl.int64)
     own = at - start

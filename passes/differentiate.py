@@ -44,14 +44,13 @@ from torch import Tensor, fx
 
 from autoshard import layer_function, ops
 from autoshard.analysis import WHOLE
-from autoshard.bindings import BINDINGS
+from autoshard.bindings import operator_of
 from autoshard.compat import is_composite
 from autoshard.derivatives import COMMUNICATING, DERIVATIVES, STOPS, Backward, Gradients
 from autoshard.layer_function import Differentiated
 from autoshard.parts import graph_of, operands_of, place_in_model, results_of
+from autoshard.products import as_tokens
 from autoshard.rules.call import is_continuous
-
-OPERATORS = {binding: target for target, binding in BINDINGS.items()}
 
 
 def differentiate(graph: fx.Graph, needed: Sequence[bool]) -> Differentiated | None:
@@ -97,7 +96,8 @@ def differentiate(graph: fx.Graph, needed: Sequence[bool]) -> Differentiated | N
         if not fits:
             return None
     comes = [reached.get(p, frozenset()) for p in asked]
-    return made.ended(results, needed, comes, isinstance(returned, tuple))
+    views = [not _is_number(r) and _memory(r) is not r for r in results]
+    return made.ended(results, views, needed, comes, isinstance(returned, tuple))
 
 
 def _in_order(nodes: Iterable[fx.Node]) -> list[fx.Node]:
@@ -116,16 +116,11 @@ def _in_order(nodes: Iterable[fx.Node]) -> list[fx.Node]:
     return list(found)
 
 
-def _operator(node: fx.Node) -> Any:
-    target: Any = node.target
-    return OPERATORS.get(target, target)
-
-
 def _flowing(nodes: Sequence[fx.Node], asked: Sequence[fx.Node]) -> set[fx.Node]:
     """The values that a gradient flows through: made of floating numbers from what one is asked of."""
     found = set(asked)
     for node in nodes:
-        if _operator(node) not in STOPS and any(n in found for n in node.all_input_nodes):
+        if operator_of(node) not in STOPS and any(n in found for n in node.all_input_nodes):
             value = node.meta.get(WHOLE, node.meta.get("val"))
             if isinstance(value, Tensor) and not is_continuous(value):
                 continue
@@ -171,11 +166,11 @@ def _memory(value: Any) -> fx.Node | None:
     a view that refuses to be written into.
     """
     while isinstance(value, fx.Node):
-        target = _operator(value)
+        target = operator_of(value)
         if value.op == "placeholder" or target in (*COMMUNICATING, ops.copy, ops.reduce):
             return value
         schema = getattr(target, "_schema", None)
-        if schema is None and target is not operator.getitem:
+        if schema is None and target not in (operator.getitem, as_tokens):
             return None
         if schema is not None and all(r.alias_info is None for r in schema.returns):
             return value if target in DERIVATIVES or not is_composite(target) else None
@@ -202,7 +197,7 @@ def _between(stretch: list[fx.Node], flowing: set[fx.Node]) -> Iterator[list[fx.
     """What stands between two collectives."""
     unknown = [
         place for place, node in enumerate(stretch)
-        if node in flowing and _operator(node) not in (operator.getitem, *DERIVATIVES)
+        if node in flowing and operator_of(node) not in (operator.getitem, *DERIVATIVES)
     ]  # fmt: skip
     first, end = (unknown[0], unknown[-1] + 1) if unknown else (len(stretch), len(stretch))
     while end < len(stretch) and stretch[end].target is operator.getitem:
@@ -211,6 +206,12 @@ def _between(stretch: list[fx.Node], flowing: set[fx.Node]) -> Iterator[list[fx.
     if unknown:
         yield stretch[first:end]
     yield from ([node] for node in stretch[end:])
+
+
+def _original(node: fx.Node) -> fx.Node:
+    """The layer's own node that a node on rows stands for."""
+    original: fx.Node = node.meta.get("stands_for", node)
+    return original
 
 
 class _Builder:
@@ -249,7 +250,7 @@ class _Builder:
         op = "call_method" if isinstance(target, str) else "call_function"
         made = graph.create_node(op, target, tuple(args), dict(kwargs))
         if self._at is not None:
-            made.meta.update(place_in_model(self._at), stands_for=self._at)
+            made.meta.update(place_in_model(self._at), stands_for=_original(self._at))
         return made
 
     def _keep(self, node: fx.Node) -> fx.Node:
@@ -272,7 +273,7 @@ class _Builder:
         """A call that has a row; or the place of a result of one, which has been taken."""
         if node in self._env:
             return True
-        rule, self._at = DERIVATIVES.get(_operator(node)), node
+        rule, self._at = DERIVATIVES.get(operator_of(node)), node
         if any(map(_is_complex, (node, *node.all_input_nodes))):  # rows conjugate nothing
             return False
         args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: self._env[n])
@@ -321,7 +322,7 @@ class _Builder:
         return True
 
     def _stands_for(self, node: fx.Node, made: fx.Node) -> None:
-        made.meta = {**node.meta, "stands_for": node}
+        made.meta = {**node.meta, "stands_for": _original(node)}
         self._env[node] = made
         if node in self._before:
             self._flowing.add(made)
@@ -331,6 +332,7 @@ class _Builder:
     def ended(
         self,
         results: Sequence[fx.Node],
+        views: Sequence[bool],
         needed: Sequence[bool],
         reached: Sequence[Collection[int]],
         several: bool,
@@ -358,6 +360,10 @@ class _Builder:
         self._backward.output(
             tuple(gradients.get(n) for n, need in zip(operands, needed, strict=True) if need)
         )
+        # A view that leaves a function of autograd must not be written into; what is detached may.
+        made = [
+            self.now(Tensor.detach, n) if view else n for n, view in zip(made, views, strict=True)
+        ]
         self._forward.output((tuple(made), tuple(self._kept)))
         for graph in (self._forward, self._backward):
             graph.lint()

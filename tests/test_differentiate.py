@@ -21,12 +21,13 @@ from torch.testing import assert_close
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import autoshard
-from autoshard import beside, fused_ops, layer_function, ops
+from autoshard import beside, fused_ops, layer_function, ops, products
 from autoshard.bindings import bind
 from autoshard.derivatives import DERIVATIVES
 from autoshard.layer_function import Differentiated
 from autoshard.layers import Layer
 from autoshard.passes.differentiate import differentiate
+from autoshard.passes.tokens_as_rows import tokens_as_rows
 from benchmarks import tiny_models
 
 aten = torch.ops.aten
@@ -128,8 +129,16 @@ def _ran(
 def _same(
     module: fx.GraphModule, values: Sequence[Any], needed: Sequence[bool], used: Sequence[bool]
 ) -> Differentiated | None:
-    """Compare with autograd; None where the graph is left to it."""
-    made = differentiate(module.graph, needed)
+    """Compare with autograd, as the graph is and on rows; None where it is left to autograd."""
+    _same_graph(module, module.graph, values, needed, used)
+    return _same_graph(module, tokens_as_rows(module.graph), values, needed, used)
+
+
+def _same_graph(
+    module: fx.GraphModule, graph: fx.Graph, values: Sequence[Any], needed: Sequence[bool],
+    used: Sequence[bool],
+) -> Differentiated | None:  # fmt: skip
+    made = differentiate(graph, needed)
     if made is None:
         return None
     results, grads = _ran(lambda *leaves: made((), leaves), values, needed, used)
@@ -190,6 +199,13 @@ def _rows_of(body: Body) -> dict[Any, Callable[[fx.Node], fx.Node]]:
 
         return call
 
+    def flattened(x: fx.Node) -> fx.Node:
+        return body.call(aten.view.default, body.call(aten.flatten.using_ints, x, 0, -2), [B, S, H])
+
+    def as_tokens(x: fx.Node) -> fx.Node:
+        rows = body.call(aten.sin.default, body.call(aten.reshape.default, x, [-1, H]))
+        return body.call(products.as_tokens, rows, body.call(Tensor.size, x))
+
     return {
         ops.copy: lambda x: body.call(ops.copy, x, body.group),
         aten.linear.default: lambda x: body.call(
@@ -208,6 +224,8 @@ def _rows_of(body: Body) -> dict[Any, Callable[[fx.Node], fx.Node]]:
         aten.mul.Tensor: lambda x: body.call(aten.mul.Tensor, x, body.x),
         aten.view.default: viewed(aten.view.default),
         aten.reshape.default: viewed(aten.reshape.default),
+        aten.flatten.using_ints: flattened,
+        products.as_tokens: as_tokens,
         aten.transpose.int: transposed,
         aten.permute.default: permuted,
         aten.unsqueeze.default: unsqueezed,
@@ -395,7 +413,7 @@ def test_what_is_not_used_is_free_at_once() -> None:
     """Nothing keeps itself: results that the backward pass reads are kept without what made them."""
     body = Body()
     (y,) = body.column(body.x)
-    module = body.ended(body.call(aten.tanh.default, body.row([y])))
+    module = body.ended(body.call(aten.tanh.default, body.call(aten.sin.default, body.row([y]))))
     made = differentiate(module.graph, [isinstance(v, Tensor) for v in body.values])
     assert made is not None
     assert any(made.given)

@@ -22,8 +22,8 @@ LOCK = threading.Lock()  # the interpreter is for one thread at a time
 
 @pytest.fixture(autouse=True)
 def in_kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Tensors count as those of a GPU: Triton interprets (tests/conftest.py). The kernels are used: those
-    of the cross entropy, or that of the embedding."""
+    """Tensors count as those of a GPU: Triton interprets (tests/conftest.py). Those of the cross
+    entropy are used, or that of the embedding."""
     names = {"targets", "statistics", "own_sum", "losses", "gradient"}
     used = set()
 
