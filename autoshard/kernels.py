@@ -5,7 +5,7 @@ Two of them read the logits once each, and the second writes the gradient once:
     `statistics`    max_c z_c,  log sum_c exp(z_c - max),  z_y          2 or 4 bytes read a logit
     `gradient`      hit exp(z_c - maximum) / total - [c = y] hit        as many again, and written
 
-against several passes of PyTorch's operators, some of them in float32. The others save launches, which is
+against several passes of PyTorch's operators, some of them in float32. The others save launches,
 the host's time: `targets`, `own_sum` and `losses` take one each in place of five to eight, `embedding`
 one in place of nine, and one pass over the result in place of three. Computed in float32.
 """
