@@ -20,6 +20,8 @@ BINDINGS: dict[Any, Callable[..., Any]] = {
     aten.add.Tensor: torch.add,
     aten.addmm.default: torch.addmm,
     aten.chunk.default: torch.chunk,
+    aten.embedding.default: torch.embedding,
+    aten.flatten.using_ints: torch.flatten,
     aten.gelu.default: F.gelu,
     aten.layer_norm.default: torch.layer_norm,
     aten.linear.default: F.linear,

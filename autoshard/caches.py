@@ -30,7 +30,7 @@ Form: TypeAlias = tuple[Any, ...]
 Counters: TypeAlias = set[tuple[type, str]]
 
 PLAIN = (type(None), bool, int, float, str, torch.dtype, torch.layout, type)
-NO_CACHES = (Tensor, type(None), bool, int, float, str)  # nor has it any inside
+LEAVES = (Tensor, bool, int, float, str)  # with nothing inside
 
 
 @dataclass
@@ -158,7 +158,7 @@ class Given:
 
 def opened(args: tuple[Any, ...], kwargs: dict[str, Any], counters: Counters) -> Given:
     """Take apart the caches among a call's arguments."""
-    if all(isinstance(x, NO_CACHES) for x in (*args, *kwargs.values())):
+    if all(isinstance(x, LEAVES) for x in (*args, *kwargs.values())):
         return Given(args, kwargs)
     leaves, outer = pytree.tree_flatten((args, kwargs), is_leaf=is_cache)
     places = tuple(i for i, leaf in enumerate(leaves) if is_cache(leaf))

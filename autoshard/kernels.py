@@ -12,6 +12,7 @@ one in place of nine, and one pass over the result in place of three. Computed i
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from typing import Any
 
@@ -57,47 +58,47 @@ def embedding(
     weight: Tensor, ids: Tensor, start: int, rows: int, vocabulary: int, padding: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The rank's rows of the ids, 0 where an id's is elsewhere: [*ids, n]; each id's row here, -1 where
-    it learns nothing, as elsewhere and at `padding`; whether each id is of the `vocabulary`.
+    it learns nothing, as elsewhere and at `padding`; and the `_flag`: each id is of the `vocabulary`.
 
     weight: [local, n], of which the first `rows` are those of the ids from `start` on.
     """
     ids, columns = ids.contiguous(), weight.shape[1]
     y = weight.new_empty((*ids.shape, columns))
-    learnt, known = torch.empty_like(ids, dtype=torch.int64), torch.empty_like(ids, dtype=torch.bool)
-    with _device_of(weight):
-        _programs().embedding[ids.numel(), -(-columns // BLOCK)](
-            weight, weight.stride(0), columns, ids, start, rows, vocabulary, padding, y, learnt, known,
-            BLOCK=BLOCK, num_warps=WARPS,
-        )  # fmt: skip
+    learnt, known = torch.empty_like(ids, dtype=torch.int64), _flag(ids)
+    _run(
+        "embedding", (ids.numel(), -(-columns // BLOCK)), BLOCK, WARPS, weight, weight.stride(0), columns,
+        ids, start, rows, vocabulary, padding, y, learnt, known,
+    )  # fmt: skip
     return y, learnt, known
 
 
 def targets(given: Tensor, ignored: int, classes: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The target of each token, 0 where it is `ignored`; whether it is not; that as float32; and
-    whether it is one of the `classes` or ignored. given: [N]."""
-    target = torch.empty_like(given, dtype=torch.int64)
+    """The target of each token, 0 where it is `ignored`; whether it is not; that as float32; and the
+    `_flag`: each is one of the `classes` or ignored. given: [N]."""
+    given, target = given.contiguous(), torch.empty_like(given, dtype=torch.int64)
     weight = torch.empty_like(given, dtype=torch.float32)
-    valid, known = given.new_empty((2, len(given)), dtype=torch.bool)
-    given, count = given.contiguous(), len(given)
-    _of_tokens("targets", given, count, ignored, classes, target, valid, weight, known)
+    valid, known = torch.empty_like(given, dtype=torch.bool), _flag(given)
+    _of_tokens("targets", given, len(given), ignored, classes, target, valid, weight, known)
     return target, valid, weight, known
 
 
-def statistics(logits: Tensor, width: int, target: Tensor, start: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Of each token over the first `width` classes, float32: z's maximum; the logarithm of the sum of
-    exp(z - maximum); and z at the target, 0 where that is elsewhere, with room for a number behind it:
-    [2, N].
+def statistics(
+    logits: Tensor, width: int, target: Tensor, start: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Of each token over the first `width` classes, float32: z's maximum, twice; the logarithm of the
+    sum of exp(z - maximum); and z at the target, 0 where that is elsewhere, with room for a number
+    behind it: [2, N].
 
     logits: [N, >= width]. target: [N], global numbers, the rank's first being `start`.
     """
-    found = logits.new_empty((4, logits.shape[0]), dtype=torch.float32)
-    largest, log_sum, picked = found[0], found[1], found[2]
-    with _device_of(logits):
-        _programs().statistics[logits.shape[0],](
-            logits, logits.stride(0), width, target, start, largest, log_sum, picked,
-            BLOCK=BLOCK, num_warps=WARPS,
-        )  # fmt: skip
-    return largest, log_sum, found[2:]
+    tokens = logits.shape[0]
+    pair = logits.new_empty((2, tokens), dtype=torch.float32)
+    largest, again, log_sum = logits.new_empty((3, tokens), dtype=torch.float32)
+    _run(
+        "statistics", (tokens, 1), BLOCK, WARPS, logits, logits.stride(0), width, target, start,
+        largest, again, log_sum, pair,
+    )  # fmt: skip
+    return largest, again, log_sum, pair
 
 
 def own_sum(largest: Tensor, log_sum: Tensor, maximum: Tensor, local: Tensor) -> None:
@@ -125,21 +126,56 @@ def gradient(
     """
     tokens, classes = logits.shape
     result = torch.empty_like(logits, memory_format=torch.contiguous_format)
-    with _device_of(logits):
-        _programs().gradient[tokens, -(-classes // BLOCK)](
-            logits, logits.stride(0), width, classes, target, start, maximum, total, weight, valid,
-            dloss, dloss.stride(0), result, BLOCK=BLOCK, num_warps=WARPS,
-        )  # fmt: skip
+    _run(
+        "gradient", (tokens, -(-classes // BLOCK)), BLOCK, WARPS, logits, logits.stride(0), width,
+        classes, target, start, maximum, total, weight, valid, dloss, dloss.stride(0), result,
+    )  # fmt: skip
     return result
+
+
+def _flag(x: Tensor) -> Tensor:
+    """One byte that is 1, and 0 once a kernel has met what must not be. An assertion on it follows,
+    which ends a GPU's process; so it is one for all calls there, which is a launch saved."""
+    if not x.is_cuda or torch.cuda.is_current_stream_capturing():
+        return x.new_ones((), dtype=torch.bool)
+    device = x.get_device()
+    if device not in _flags:
+        _flags[device] = x.new_ones((), dtype=torch.bool)
+    return _flags[device]
+
+
+_flags: dict[int, Tensor] = {}
 
 
 def _of_tokens(name: str, first: Tensor, *given: Any) -> None:
     """Run a program that has one number of each of `first`'s tokens."""
-    with _device_of(first):
-        program = getattr(_programs(), name)
-        program[-(-len(first) // TOKENS),](first, *given, BLOCK=TOKENS, num_warps=4)
+    _run(name, (-(-len(first) // TOKENS), 1), TOKENS, 4, first, *given)
 
 
-def _device_of(x: Tensor) -> Any:
-    """Triton launches on the current device."""
-    return torch.cuda.device_of(x)
+def _run(name: str, grid: tuple[int, int], block: int, warps: int, first: Tensor, *given: Any) -> None:
+    """Launch a program on the device of its first argument.
+
+    Triton takes 40 us to find out which compiled form fits the arguments: by dtype, whether they are
+    divisible by 16, 1, or longer than 32 bits. What it found is called again where these are the same.
+    """
+    device = first.get_device()
+    there = device < 0 or device == torch.cuda.current_device()
+    with contextlib.nullcontext() if there else torch.cuda.device(device):
+        key = name, device, block, warps, *[_form(x) for x in (first, *given)]
+        known = _compiled.get(key)
+        if known is None:
+            program = getattr(_programs(), name)
+            known = program[grid](first, *given, BLOCK=block, num_warps=warps)
+            if known is not None:  # it is, where Triton interprets
+                _compiled[key] = known
+        else:
+            known[*grid, 1](first, *given, block)
+
+
+def _form(x: Any) -> Any:
+    if isinstance(x, Tensor):
+        return x.dtype, x.data_ptr() % 16 == 0
+    return x == 1, x % 16 == 0, -(2**31) <= x < 2**31
+
+
+_compiled: dict[Any, Any] = {}

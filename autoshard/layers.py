@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import cache
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -18,6 +19,9 @@ from autoshard.passes.differentiate import differentiate
 from autoshard.passes.tokens_as_rows import tokens_as_rows
 from autoshard.paths import layer_of
 from autoshard.random_streams import begin_traced, end_traced
+
+
+_requires_grad = attrgetter("requires_grad")
 
 
 class Layer(nn.Module):
@@ -51,13 +55,11 @@ def _differentiated(
     """The body with its backward pass; None where autograd is to record its calls one by one."""
     if not torch.is_grad_enabled() or are_saved_tensors_hooked():
         return None
-    needed = (
-        *[p.requires_grad for p in held],
-        *[isinstance(x, Tensor) and x.requires_grad for x in operands],
-    )
+    trained = [isinstance(x, Tensor) and x.requires_grad for x in operands]
+    needed = (*map(_requires_grad, held), *trained)
     if True not in needed:
         return None
-    tensor = next(x for x in (*operands, *held) if isinstance(x, Tensor))
+    tensor = held[0] if held else next(x for x in operands if isinstance(x, Tensor))
     if torch.is_autocast_enabled(tensor.device.type):
         return None
     known: dict[tuple[bool, ...], Differentiated | None] = body.__dict__.setdefault("known", {})

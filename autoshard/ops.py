@@ -216,7 +216,7 @@ def vocab_cross_entropy(
     width = max(0, min(rows, vocab - group.coordinate * rows))
     if kernels.fit(logits, class_dim, width):
         target, valid, token_weight, known = kernels.targets(target, ignore_index, vocab)
-        _assert_all(known, vocab, "target", "the classes")
+        _assert(known, vocab, "target", "the classes")
     else:
         valid = target != ignore_index
         target = torch.where(valid, target, 0).long()
@@ -253,7 +253,7 @@ def _check_indices(indices: Tensor, size: int, name: str, of: str) -> None:
     if indices.is_meta or indices.numel() == 0 or torch.compiler.is_compiling():
         return
     if indices.is_cuda:
-        _assert_all((indices >= 0) & (indices < size), size, name, of)
+        _assert(((indices >= 0) & (indices < size)).all(), size, name, of)
         return
     low, high = (int(bound) for bound in torch.aminmax(indices))
     if low < 0 or high >= size:
@@ -261,9 +261,9 @@ def _check_indices(indices: Tensor, size: int, name: str, of: str) -> None:
         raise IndexError(f"{name} {wrong} is out of range: {of} has {size} entries")
 
 
-def _assert_all(known: Tensor, size: int, name: str, of: str) -> None:
-    """Raises where one of the indices was not of the `size`, at some later time on CUDA."""
-    torch._assert_async(known.all(), f"{name} out of range: {of} has {size} entries")
+def _assert(known: Tensor, size: int, name: str, of: str) -> None:
+    """Raises where not all indices are `known`, one bool, to be below the size: later, on CUDA."""
+    torch._assert_async(known, f"{name} out of range: {of} has {size} entries")
 
 
 class _Copy(torch.autograd.Function):
@@ -340,7 +340,7 @@ class _VocabEmbedding(torch.autograd.Function):
         ctx.local_rows = weight.shape[0]
         if kernels.holds(weight, ids):
             y, learnt, known = kernels.embedding(weight, ids, start, rows, vocab, padding_idx)
-            _assert_all(known, vocab, "id", "the vocabulary")
+            _assert(known, vocab, "id", "the vocabulary")
             ctx.save_for_backward(learnt)
             return y
         inside = (ids >= start) & (ids < start + rows)
@@ -411,11 +411,11 @@ class _VocabCrossEntropy(torch.autograd.Function):
         ctx.split, ctx.smoothing = split, smoothing
         in_kernels = kernels.fit(logits, dim, split.width)
         if in_kernels:
-            largest, log_sum, pair = kernels.statistics(logits, split.width, target, split.start)
-            picked = pair[0]
+            largest, again, log_sum, pair = kernels.statistics(logits, split.width, target, split.start)
+            maximum, picked = split.group.all_reduce(again, "max", inplace=True), pair[0]
         else:
             largest, log_sum, picked = _statistics(own, target, split, dtype)
-        maximum = split.group.all_reduce(largest, "max")
+            maximum = split.group.all_reduce(largest, "max")
         if in_kernels and not smoothing:  # what follows, in two launches
             kernels.own_sum(largest, log_sum, maximum, pair[1])
             picked, total = split.group.all_reduce(pair, inplace=True)

@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils import _pytree as pytree
 
 from autoshard import caches
-from autoshard.caches import Given, Traced
+from autoshard.caches import LEAVES, Given, Traced
 from autoshard.capture import Captured
 from autoshard.pipeline import Program
 from autoshard.plans import Plan
@@ -54,19 +54,24 @@ def key_of(given: Given, training: bool, part: str | None = None) -> tuple[Any, 
 
     part: of the model alone, by the name of the method that gives it.
     """
-    flat, spec = pytree.tree_flatten((given.args, given.kwargs))
-    return (part, spec, given.forms, training, tuple(_kind(leaf) for leaf in flat)), flat
+    flat: list[Any] = [*given.args, *given.kwargs.values()]
+    spec: Any = len(given.args), *given.kwargs
+    if not all(isinstance(x, LEAVES) for x in flat):
+        flat, spec = pytree.tree_flatten((given.args, given.kwargs))
+    return (part, spec, given.forms, training, tuple([_kind(leaf) for leaf in flat])), flat
 
 
 def _kind(leaf: Any) -> Any:
+    if not isinstance(leaf, Tensor):
+        return type(leaf), leaf
     if isinstance(leaf, DTensor):
         return leaf.dtype, leaf.dim(), leaf.placements, leaf.device_mesh
-    return (leaf.dtype, leaf.dim()) if isinstance(leaf, Tensor) else (type(leaf), leaf)
+    return leaf.dtype, leaf.dim()
 
 
 def shapes_of(flat: list[Any]) -> tuple[tuple[int, ...] | None, ...]:
     """Of flat inputs; None for what is no tensor."""
-    return tuple(tuple(x.shape) if isinstance(x, Tensor) else None for x in flat)
+    return tuple([tuple(x.shape) if isinstance(x, Tensor) else None for x in flat])
 
 
 def example_of(given: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ def embedding(  # type: ignore[no-untyped-def]
     own = at - start
     here = (own >= 0) & (own < rows)
     tl.store(learnt + token, tl.where(here & (at != padding), own, -1))
-    tl.store(known + token, (at >= 0) & (at < vocabulary))
+    tl.store(known, False, mask=(at < 0) | (at >= vocabulary))
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     read = tl.where(here, columns, 0)
     x = tl.load(weight + own * stride + column, mask=column < read, other=0.0)
@@ -34,12 +34,13 @@ def targets(  # type: ignore[no-untyped-def]
     tl.store(target + token, tl.where(counts, at, 0), mask=inside)
     tl.store(valid + token, counts, mask=inside)
     tl.store(weight + token, counts.to(tl.float32), mask=inside)
-    tl.store(known + token, (~counts) | ((at >= 0) & (at < classes)), mask=inside)
+    wrong = inside & counts & ((at < 0) | (at >= classes))
+    tl.store(known + tl.zeros([BLOCK], tl.int32), False, mask=wrong)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
 def statistics(  # type: ignore[no-untyped-def]
-    z, stride, width, target, start, largest, log_sum, picked, BLOCK: tl.constexpr
+    z, stride, width, target, start, largest, again, log_sum, picked, BLOCK: tl.constexpr
 ):
     row = tl.program_id(0).to(tl.int64)
     z += row * stride
@@ -59,6 +60,7 @@ def statistics(  # type: ignore[no-untyped-def]
     own = tl.load(target + row) - start
     here = (own >= 0) & (own < width)
     tl.store(largest + row, top)
+    tl.store(again + row, top)
     tl.store(log_sum + row, tl.log(total))
     tl.store(picked + row, tl.load(z + own, mask=here, other=0.0).to(tl.float32))
 

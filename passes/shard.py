@@ -394,7 +394,7 @@ class _Sharder:
                 arguments["padding_idx"],
             )  # fmt: skip
             new = self._create(node, "", ops.vocab_embedding, args)
-            self.env[node] = self._create(node, "reduce", ops.reduce, (new, group))
+            self.env[node] = self._create(node, "reduce", ops.reduce, (new, group, True))
             return
         logits = arguments["self"]
         if AUTOCAST in node.meta:  # casts what PyTorch's loss would have cast
