@@ -229,6 +229,7 @@ def gradients_of(
     grads: Sequence[Tensor | None],
     alone: tuple[int, int] | None = None,
     others: Sequence[Tensor | None] = (),
+    own: Sequence[bool] | None = None,
 ) -> list[Tensor | None]:
     """Inside of a backward pass: shares' gradients -> what it returns for the parameters.
 
@@ -240,25 +241,29 @@ def gradients_of(
         grads: None where there is none.
         alone: the `_holders` of a gradient that is nobody else's; of one made in this pass by default.
         others: gradients that the pass goes on with, whose memory no `.grad` may take.
+        own: for each, whether it is known to be contiguous and nobody else's.
     """
     alone = alone or _holders_of_made()
     seen = {id(other) for other in others}
     result: list[Tensor | None] = []
     with torch._C.DisableTorchFunctionSubclass():  # each question to a DTensor takes half as long
         at_once = _is_whole_backward(nodes, grads)
-        for grad, share, spec, node in zip(
-            grads, parameters.shares, parameters.specs, nodes, strict=True
+        for grad, share, spec, node, is_own in zip(
+            grads, parameters.shares, parameters.specs, nodes, own or [False] * len(grads), strict=True
         ):
             if grad is None or spec is None:
                 result.append(grad)
                 continue
             # Gradients of both summands of `a + b` have the same memory. AccumulateGrad copies such a
             # one; that of a DTensor looks at the DTensor, which is always new.
-            stride = share.stride()
-            if id(grad) in seen or _holders(grad) != alone or grad.stride() != stride:
-                empty = torch.empty_strided(grad.shape, stride, dtype=grad.dtype, device=grad.device)
-                grad = empty.copy_(grad)
-            seen.add(id(grad))
+            if not (is_own and share.is_contiguous()):
+                stride = share.stride()
+                if id(grad) in seen or _holders(grad) != alone or grad.stride() != stride:
+                    empty = torch.empty_strided(
+                        grad.shape, stride, dtype=grad.dtype, device=grad.device
+                    )
+                    grad = empty.copy_(grad)
+                seen.add(id(grad))
             done = at_once and _accumulated(node, grad, spec)
             result.append(None if done else _new_dtensor(grad, spec))
     return result
@@ -299,18 +304,26 @@ def _holders_of_given() -> tuple[int, int]:
 
 def _is_whole_backward(nodes: Sequence[Any], grads: Sequence[Tensor | None]) -> bool:
     """Whether ``.backward()`` runs, not ``autograd.grad``, and in the stream that its end waits for."""
-    first = next((g for g in grads if g is not None), None)
-    if first is None or first.requires_grad or torch.compiler.is_compiling() or backward_is_kept():
-        return False  # kept: with create_graph=True `.grad` is a function of what it was computed from
+    for first in grads:
+        if first is not None:
+            break
+    else:
+        return False
+    # Kept: with create_graph=True `.grad` is a function of what it was computed from.
+    if backward_is_kept() or first.requires_grad or torch.compiler.is_compiling():
+        return False
     if first.is_cuda:
-        if torch._C._cuda_getCurrentStream(first.device.index)[0] != 0:
+        if torch._C._cuda_getCurrentStream(first.get_device())[0] != 0:
             return False
-    elif first.device.type != "cpu":
+    elif not first.is_cpu:
         return False
     try:
-        return all(map(torch._C._will_engine_execute_node, filter(None, nodes)))
+        return all(map(_will_run, filter(None, nodes)))
     except RuntimeError:  # the gradient is asked for, not to be added to .grad
         return False
+
+
+_will_run = torch._C._will_engine_execute_node
 
 
 def _accumulated(node: Any, grad: Tensor, spec: DTensorSpec) -> bool:
@@ -373,9 +386,13 @@ def once(backward: Callable[..., Any]) -> Callable[..., Any]:
     return wrapper
 
 
+_is_kept = torch._C._autograd._get_current_graph_task_keep_graph
+_top_hooks = torch._C._autograd._top_saved_tensors_default_hooks
+
+
 def backward_is_kept() -> bool:
     """Inside of a backward pass: whether its graph is kept for another one (``retain_graph=True``)."""
-    return bool(torch._C._autograd._get_current_graph_task_keep_graph())
+    return bool(_is_kept())
 
 
 def gradients_by_node(
@@ -415,7 +432,7 @@ def _is_gradient_of(grad: Tensor | None, leaf: Tensor) -> bool:
 
 def are_saved_tensors_hooked() -> bool:
     """Whether what autograd keeps now goes through somebody's hooks: of a checkpoint, or to the CPU."""
-    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+    return _top_hooks(True) is not None
 
 
 def as_dtensor(

@@ -66,8 +66,8 @@ def embedding(
     y = weight.new_empty((*ids.shape, columns))
     learnt, known = torch.empty_like(ids, dtype=torch.int64), _flag(ids)
     _run(
-        "embedding", (ids.numel(), -(-columns // BLOCK)), BLOCK, WARPS, weight, weight.stride(0), columns,
-        ids, start, rows, vocabulary, padding, y, learnt, known,
+        "embedding", (ids.numel(), -(-columns // BLOCK)), BLOCK, WARPS, weight, weight.stride(0),
+        columns, ids, start, rows, vocabulary, padding, y, learnt, known,
     )  # fmt: skip
     return y, learnt, known
 

@@ -83,6 +83,7 @@ class Differentiated:
         given: of each kept value, whether it is a result.
         operands: the placeholders among the kept values.
         reached: for each placeholder whose gradient is asked for, the results that it reaches.
+        own: for each of them, whether the gradient is contiguous, and in nobody else's memory.
         several: the layer gives a tuple.
     """
 
@@ -96,11 +97,15 @@ class Differentiated:
         given: Sequence[bool],
         operands: Sequence[int],
         reached: Sequence[Collection[int]],
+        own: Sequence[bool],
         several: bool,
     ) -> None:
         self.given, self.operands, self.reached = given, operands, reached
         self.count = len(needed)
         self.asked = [place for place, need in enumerate(needed) if need]
+        self.own = [False] * self.count
+        for place, is_own in zip(self.asked, own, strict=True):
+            self.own[place] = is_own
         self.flows, self.several = flows, several
         with _CODEGEN:
             bodies = {n: fx.GraphModule({}, g, class_name="PartOfLayer") for n, g in parts.items()}
@@ -186,4 +191,5 @@ class _Layer(torch.autograd.Function):
         count = len(ctx.placed.shares)
         nodes = [node for node, _ in ctx.next_functions[:count]]
         own, others = grads[:count], grads[count:]
-        return None, None, *gradients_of(ctx.placed, nodes, own, others=others), *others
+        found = gradients_of(ctx.placed, nodes, own, others=others, own=made.own[:count])
+        return None, None, *found, *others

@@ -20,7 +20,6 @@ from autoshard.passes.tokens_as_rows import tokens_as_rows
 from autoshard.paths import layer_of
 from autoshard.random_streams import begin_traced, end_traced
 
-
 _requires_grad = attrgetter("requires_grad")
 
 

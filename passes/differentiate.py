@@ -42,7 +42,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from autoshard import layer_function, ops
+from autoshard import fused_ops, layer_function, ops
 from autoshard.analysis import WHOLE
 from autoshard.bindings import operator_of
 from autoshard.compat import is_composite
@@ -51,6 +51,9 @@ from autoshard.layer_function import Differentiated
 from autoshard.parts import graph_of, operands_of, place_in_model, results_of
 from autoshard.products import as_tokens
 from autoshard.rules.call import is_continuous
+
+# What gives new contiguous tensors.
+OWN = (torch.mm, torch.sum, torch.ops.aten.native_layer_norm_backward.default)
 
 
 def differentiate(graph: fx.Graph, needed: Sequence[bool]) -> Differentiated | None:
@@ -208,6 +211,16 @@ def _between(stretch: list[fx.Node], flowing: set[fx.Node]) -> Iterator[list[fx.
     yield from ([node] for node in stretch[end:])
 
 
+def _is_own(gradient: fx.Node | None) -> bool:
+    """Whether a gradient that leaves is a contiguous tensor that nobody else reads."""
+    if gradient is None or len(gradient.users) != 1:
+        return False
+    made: Any = gradient.args[0] if gradient.target is operator.getitem else gradient
+    if made.target is fused_ops.column_gradients:
+        return len(made.args[4]) == 1  # of several they may be views of one tensor
+    return made.target in OWN
+
+
 def _original(node: fx.Node) -> fx.Node:
     """The layer's own node that a node on rows stands for."""
     original: fx.Node = node.meta.get("stands_for", node)
@@ -357,9 +370,9 @@ class _Builder:
                         gradient if before is None else self.then(torch.add, before, gradient)
                     )
         operands = [n for n in self._forward.nodes if n.op == "placeholder"]
-        self._backward.output(
-            tuple(gradients.get(n) for n, need in zip(operands, needed, strict=True) if need)
-        )
+        asked = [gradients.get(n) for n, need in zip(operands, needed, strict=True) if need]
+        self._backward.output(tuple(asked))
+        own = [_is_own(gradient) and asked.count(gradient) == 1 for gradient in asked]
         # A view that leaves a function of autograd must not be written into; what is detached may.
         made = [
             self.now(Tensor.detach, n) if view else n for n, view in zip(made, views, strict=True)
@@ -370,5 +383,6 @@ class _Builder:
         given = [node in made for node in self._kept]
         kept = [place for place, node in enumerate(operands) if node in self._kept]
         return Differentiated(
-            self._forward, self._backward, self._parts, needed, flows, given, kept, reached, several
-        )
+            self._forward, self._backward, self._parts, needed, flows, given, kept, reached, own,
+            several,
+        )  # fmt: skip

@@ -192,6 +192,8 @@ class _Rewriting:
         """The same call, of rows."""
         given = {operand: self.rows(operand) for operand in self._becoming[node]}
         made = self.graph.node_copy(node, lambda n: given[n] if n in given else self.whole(n))
+        if BY_ROWS[operator_of(node)] is _along_last:
+            made.args, made.kwargs = (*made.args[:2], -1), {}
         self._rows[node] = self._described(made, node, rows=True)
 
     def kept(self, node: fx.Node) -> None:

@@ -162,9 +162,9 @@ def _same_graph(
 def _rows_of(body: Body) -> dict[Any, Callable[[fx.Node], fx.Node]]:
     """A call of each operator of the table, of a value of [B, S, H], which gives one."""
 
-    def pieces(target: Any, how: Any) -> Callable[[fx.Node], fx.Node]:
+    def pieces(target: Any, how: Any, dim: int) -> Callable[[fx.Node], fx.Node]:
         def call(x: fx.Node) -> fx.Node:
-            made = body.call(target, x, how, -1)
+            made = body.call(target, x, how, dim)
             a, b = (body.call(operator.getitem, made, i) for i in (0, 1))
             return body.call(aten.cat.default, [b, body.call(aten.sin.default, a)], -1)
 
@@ -229,8 +229,8 @@ def _rows_of(body: Body) -> dict[Any, Callable[[fx.Node], fx.Node]]:
         aten.transpose.int: transposed,
         aten.permute.default: permuted,
         aten.unsqueeze.default: unsqueezed,
-        aten.split_with_sizes.default: pieces(aten.split_with_sizes.default, [2, H - 2]),
-        aten.chunk.default: pieces(aten.chunk.default, 2),
+        aten.split_with_sizes.default: pieces(aten.split_with_sizes.default, [2, H - 2], -1),
+        aten.chunk.default: pieces(aten.chunk.default, 2, 2),
     }
 
 
