@@ -88,7 +88,7 @@ class _Overlapped(torch.autograd.Function):
         return dx, dweight, dbias
 
 
-class _VocabCrossEntropy(torch.autograd.Function):
+class VocabCrossEntropy(torch.autograd.Function):
     """-log softmax(z)[y] for each token, z's classes split over the ranks; as Megatron-LM, in float32.
 
     What is kept is the rank's part of the softmax.
@@ -186,7 +186,7 @@ class HandGPT(nn.Module):
         for layer in self.layers:
             x = layer(x)
         logits = self.column(self.norm(x), self.tokens.weight, None)
-        losses = _VocabCrossEntropy.apply(logits.flatten(0, 1), labels.flatten())
+        losses = VocabCrossEntropy.apply(logits.flatten(0, 1), labels.flatten())
         return cast(Tensor, losses).mean()
 
 

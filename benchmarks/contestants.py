@@ -22,6 +22,7 @@ from torch.distributed.tensor import DTensor
 import autoshard
 from autoshard.measures import TOLERANCE, relative_error
 from benchmarks.by_hand import HandGPT, share
+from benchmarks.by_hand_sequence import SequenceGPT
 from benchmarks.by_libraries import by_dtensors, by_megatron
 from benchmarks.models import Shape, build, tokens
 from benchmarks.without_communication import silence
@@ -187,6 +188,10 @@ def _hand(s: Setting, model: Any, batch: Any, overlap: bool = False, how: str = 
     return _plain(s, HandGPT(model, overlap), batch, how)
 
 
+def _sequence(s: Setting, model: Any, batch: Any, how: str = "") -> Contestant:
+    return _plain(s, SequenceGPT(model), batch, how)
+
+
 def _megatron(s: Setting, model: Any, batch: Any) -> Contestant:
     return _plain(s, by_megatron(model, s.device), batch)
 
@@ -212,6 +217,8 @@ CONTESTANTS: dict[str, Entry] = {
     "hand": Entry(_hand, ranks="many"),
     "hand-layers": Entry(partial(_hand, how="layers"), ranks="many"),
     "hand-overlap": Entry(partial(_hand, overlap=True), ranks="many"),
+    "hand-sequence": Entry(_sequence, ranks="many"),
+    "hand-sequence-layers": Entry(partial(_sequence, how="layers"), ranks="many"),
     "megatron": Entry(_megatron, ranks="many"),
     "dtensor": Entry(_dtensor, ranks="many"),
     "dtensor-compiled": Entry(partial(_dtensor, how="layers"), ranks="many"),

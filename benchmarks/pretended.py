@@ -116,6 +116,10 @@ class PretendedGroup(dist.ProcessGroup):
         output.view(self.size(), -1).copy_(x.view(1, -1))
         return self._send(output, self._ratio(), opts is None or opts.asyncOp)
 
+    def _reduce_scatter_base(self, output: Tensor, x: Tensor, opts: Any = None) -> Work:
+        output.copy_(x.view(self.size(), *output.shape)[self.rank()])
+        return self._send(x, self._ratio(), opts is None or opts.asyncOp)
+
     def allgather(self, outputs: list[list[Tensor]], tensors: list[Tensor], opts: Any = None) -> Work:
         """Of objects, while a model is split: not part of a step."""
         for output in outputs[0]:
