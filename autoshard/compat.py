@@ -22,7 +22,8 @@
   log and checks, 10 us a collective.
 - ``_set_sm_carveout_experimental`` and cuBLAS's ``cublasSetSmCountTarget``, by ctypes (torch 2.11): how
   many multiprocessors matmuls leave alone. The first alone reaches, in 2.11, only those with a bias.
-- ``_cuda_getCurrentStream`` (torch 2.11): ``event.record()`` makes a Stream each time.
+- ``_cuda_getCurrentStream`` and ``_cuda_isCurrentStreamCapturing`` (torch 2.11): ``event.record()``
+  makes a Stream each time, and a Python function around one of PyTorch's takes a microsecond in a step.
 - ``_get_default_store`` (torch 2.13): the key-value store by which the ranks found each other. Another
   one would need a port of its own.
 - ``_set_pg_timeout`` and a backend's ``options`` (torch 2.13): a mesh gives its groups the backend's
@@ -313,7 +314,7 @@ def _is_whole_backward(nodes: Sequence[Any], grads: Sequence[Tensor | None]) -> 
     if backward_is_kept() or first.requires_grad or torch.compiler.is_compiling():
         return False
     if first.is_cuda:
-        if torch._C._cuda_getCurrentStream(first.get_device())[0] != 0:
+        if _current_stream(first.get_device())[0] != 0:
             return False
     elif not first.is_cpu:
         return False
@@ -498,9 +499,14 @@ def _sm_count_target() -> Callable[[int, int], int] | None:
     return cast(Callable[[int, int], int], found)
 
 
+# Whether a CUDA graph is being captured on the current stream, without a Python function around it.
+is_capturing: Callable[[], bool] = getattr(torch._C, "_cuda_isCurrentStreamCapturing", bool)
+_current_stream: Any = getattr(torch._C, "_cuda_getCurrentStream", None)
+
+
 def record(event: torch.cuda.Event, device: int) -> None:
     """``event.record()`` on the device's current stream, which then is no new Python object."""
-    key = torch._C._cuda_getCurrentStream(device)
+    key = _current_stream(device)
     stream = _streams.get(key)
     if stream is None:
         stream = _streams[key] = torch.cuda.current_stream(device)

@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from autoshard.compat import is_capturing
+
 BLOCK = 4096  # logits that a program has in registers
 WARPS = 8
 TOKENS = 1024  # of a program that has one number of each
@@ -136,7 +138,7 @@ def gradient(
 def _flag(x: Tensor) -> Tensor:
     """One byte that is 1, and 0 once a kernel has met what must not be. An assertion on it follows,
     which ends a GPU's process; so it is one for all calls there, which is a launch saved."""
-    if not x.is_cuda or torch.cuda.is_current_stream_capturing():
+    if not x.is_cuda or is_capturing():
         return x.new_ones((), dtype=torch.bool)
     device = x.get_device()
     if device not in _flags:

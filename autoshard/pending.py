@@ -22,7 +22,7 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
-from autoshard.compat import record, timeout_of
+from autoshard.compat import is_capturing, record, timeout_of
 from autoshard.errors import CollectiveError
 from autoshard.failures import GRACE, INTERVAL, Line, explanation, place_of, way_and_line
 
@@ -50,7 +50,7 @@ _watch: _Watch | None = None
 def note(collective: str, ranks: Sequence[int], group: dist.ProcessGroup, device: int) -> None:
     """A collective was enqueued on the current stream. Not within a CUDA graph's capture."""
     global _watch
-    if torch.cuda.is_current_stream_capturing():
+    if is_capturing():
         return
     end = _free.pop() if _free else torch.cuda.Event()
     record(end, device)

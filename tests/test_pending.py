@@ -124,7 +124,7 @@ def test_slow_collectives_are_waited_for() -> None:
 
 def test_nothing_is_noted_within_a_cuda_graph(monkeypatch: pytest.MonkeyPatch) -> None:
     """An event that belongs to a captured graph cannot be asked."""
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    monkeypatch.setattr(pending, "is_capturing", lambda: True)
     pending.note("all-reduce", [0, 1], SimpleNamespace(), 0)  # type: ignore[arg-type]
     assert not pending._issued
 
@@ -150,7 +150,7 @@ def noted() -> list[str]:
     with (
         mock.patch.object(ProcessGroupComm, "_note", note),
         mock.patch.object(torch.cuda, "Event", Recorded),
-        mock.patch.object(torch.cuda, "is_current_stream_capturing", lambda: False),
+        mock.patch.object(pending, "is_capturing", lambda: False),
         mock.patch.object(pending, "record", lambda event, device: event.record()),
         mock.patch.object(pending, "_Watch"),
     ):
