@@ -11,7 +11,8 @@ becomes one that is kept. Calls without a row are differentiated by autograd (`l
     row_linear               as linear, of each summand
     layer_norm               native_layer_norm_backward of the mean and the deviation that are kept
     gelu, silu, relu, tanh   PyTorch's own backward operator
-    y = a + b, y = a b       dy, dy;  dy b, dy a             of operands of one shape and dtype
+    y = a + b, y = a b       dy, dy;  dy b, dy a             of one shape and dtype, or numbers
+    y = a ** n               dy (n a ** (n - 1))             for a number n, not 0
     views                    the inverse view; pieces: their concatenation
     detach                   none
 """
@@ -259,22 +260,38 @@ def _of_result(forward: Callable[..., Any], backward: Callable[..., Any], *more:
 
 
 def _add(b: Builder, x: Any, other: Any) -> Made | None:
-    if not alike(x, other):
+    if not is_number(other) and not alike(x, other):
         return None
-    return b.now(torch.add, x, other), lambda dy: [(x, dy), (other, dy)]
+    y = b.now(torch.add, x, other)
+    return y, lambda dy: [(value, dy) for value in (x, other) if not is_number(value)]
 
 
 def _mul(b: Builder, x: Any, other: Any) -> Made | None:
-    if not alike(x, other):
+    if not is_number(other) and not alike(x, other):
         return None
 
     def gradients(dy: fx.Node) -> Gradients:
         if b.flows(x):
             yield x, b.then(torch.mul, dy, other)
-        if b.flows(other):
+        if not is_number(other) and b.flows(other):
             yield other, b.then(torch.mul, dy, x)
 
     return b.now(torch.mul, x, other), gradients
+
+
+def _pow(b: Builder, x: Any, n: Any) -> Made | None:
+    if not is_number(n) or n == 0:
+        return None
+
+    def gradients(dy: fx.Node) -> Gradients:
+        yield x, b.then(torch.mul, dy, b.then(torch.mul, b.then(torch.pow, x, n - 1), n))
+
+    return b.now(torch.pow, x, n), gradients
+
+
+def is_number(value: Any) -> bool:
+    """Whether an operand is a number of the graph's text."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 # -- views ---------------------------------------------------------------------------------------
@@ -353,6 +370,7 @@ DERIVATIVES: dict[Any, Rule] = {
     aten.tanh.default: _of_result(torch.tanh, aten.tanh_backward.default),
     aten.add.Tensor: _add,
     aten.mul.Tensor: _mul,
+    aten.pow.Tensor_Scalar: _pow,
     aten.view.default: _shaped(Tensor.view),
     aten.reshape.default: _shaped(torch.reshape),
     aten.flatten.using_ints: _flatten,

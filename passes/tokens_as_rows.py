@@ -44,7 +44,7 @@ from torch import Tensor, fx
 from autoshard import fused_ops, products
 from autoshard.analysis import WHOLE
 from autoshard.bindings import operator_of
-from autoshard.derivatives import alike, val_of
+from autoshard.derivatives import alike, is_number, val_of
 
 aten = torch.ops.aten
 
@@ -63,6 +63,8 @@ def _norm(node: fx.Node) -> Sequence[Any]:
 
 
 def _two(node: fx.Node) -> Sequence[Any]:
+    if len(node.args) == 2 and is_number(node.args[1]):
+        return [node.args[0]]
     return node.args[:2] if alike(*node.args[:2]) else []
 
 
@@ -88,6 +90,7 @@ BY_ROWS: dict[Any, Callable[[fx.Node], Sequence[Any]]] = {
     aten.tanh.default: _first,
     aten.add.Tensor: _two,
     aten.mul.Tensor: _two,
+    aten.pow.Tensor_Scalar: _first,
     aten.split_with_sizes.default: _along_last,
     aten.chunk.default: _along_last,
     operator.getitem: _first,
