@@ -46,7 +46,15 @@ from autoshard import fused_ops, layer_function, ops
 from autoshard.analysis import WHOLE
 from autoshard.bindings import operator_of
 from autoshard.compat import is_composite
-from autoshard.derivatives import COMMUNICATING, DERIVATIVES, STOPS, Backward, Gradients
+from autoshard.derivatives import (
+    COMMUNICATING,
+    DERIVATIVES,
+    STOPS,
+    Backward,
+    Builder,
+    Gradients,
+    Made,
+)
 from autoshard.layer_function import Differentiated
 from autoshard.parts import graph_of, operands_of, place_in_model, results_of
 from autoshard.products import as_tokens
@@ -200,7 +208,7 @@ def _between(stretch: list[fx.Node], flowing: set[fx.Node]) -> Iterator[list[fx.
     """What stands between two collectives."""
     unknown = [
         place for place, node in enumerate(stretch)
-        if node in flowing and operator_of(node) not in (operator.getitem, *DERIVATIVES)
+        if node in flowing and node.target is not operator.getitem and not _has_row(node)
     ]  # fmt: skip
     first, end = (unknown[0], unknown[-1] + 1) if unknown else (len(stretch), len(stretch))
     while end < len(stretch) and stretch[end].target is operator.getitem:
@@ -225,6 +233,39 @@ def _original(node: fx.Node) -> fx.Node:
     """The layer's own node that a node on rows stands for."""
     original: fx.Node = node.meta.get("stands_for", node)
     return original
+
+
+def _made_by_row(b: Builder, node: fx.Node, args: Any, kwargs: Any) -> Made | None:
+    """What the row of a call makes of it; None where there is none for these operands."""
+    rule = DERIVATIVES.get(operator_of(node))
+    if rule is None or any(map(_is_complex, (node, *node.all_input_nodes))):
+        return None  # rows conjugate nothing
+    try:
+        given = inspect.signature(rule).bind(b, *args, **kwargs)
+    except TypeError:  # an argument that the row does not know
+        return None
+    return rule(*given.args, **given.kwargs)
+
+
+class _Nowhere:
+    """A builder whose graphs nobody reads."""
+
+    def __init__(self) -> None:
+        self._graph = fx.Graph()
+
+    def now(self, target: Callable[..., Any] | str, *args: Any, **kwargs: Any) -> fx.Node:
+        """Some node."""
+        return self._graph.create_node("placeholder", "x")
+
+    then = now
+
+    def flows(self, value: Any) -> bool:
+        """A gradient is asked of everything."""
+        return True
+
+
+def _has_row(node: fx.Node) -> bool:
+    return _made_by_row(_Nowhere(), node, node.args, node.kwargs) is not None
 
 
 class _Builder:
@@ -286,16 +327,10 @@ class _Builder:
         """A call that has a row; or the place of a result of one, which has been taken."""
         if node in self._env:
             return True
-        rule, self._at = DERIVATIVES.get(operator_of(node)), node
-        if any(map(_is_complex, (node, *node.all_input_nodes))):  # rows conjugate nothing
-            return False
+        self._at = node
         args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: self._env[n])
         users = list(node.users)
-        try:
-            given = inspect.signature(rule).bind(self, *args, **kwargs) if rule is not None else None
-        except TypeError:  # an argument that the row does not know
-            given = None
-        made = None if given is None or rule is None else rule(*given.args, **given.kwargs)
+        made = _made_by_row(self, node, args, kwargs)
         if made is None:
             return False
         results, backward = made

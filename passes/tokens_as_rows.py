@@ -126,14 +126,11 @@ def _becoming(graph: fx.Graph) -> dict[fx.Node, Sequence[fx.Node]]:
         operands = _by_rows(node, able)
         if operands:
             able[node] = operands
-    # What hangs together: by an operand of each other, or one that they have in common.
     together: dict[fx.Node, set[fx.Node]] = {}
     for node, operands in able.items():
-        for operand in operands:
-            for other in (operand, *(user for user in operand.users if operand in able.get(user, ()))):
-                if other in able:
-                    together.setdefault(node, set()).add(other)
-                    together.setdefault(other, set()).add(node)
+        for operand in able.keys() & operands:
+            together.setdefault(node, set()).add(operand)
+            together.setdefault(operand, set()).add(node)
     reached = {node for node in able if operator_of(node) in MATMULS}
     waiting = list(reached)
     while waiting:
