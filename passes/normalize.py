@@ -4,12 +4,14 @@ Before::
 
     _assert_tensor_metadata(x, dtype=float32, device=cpu)
     w = cat([empty, k], -2)             # an empty cache of shape [0]
+    v = slice(k, 0, 0, 9223372036854775807)   # k[:, :]
     loss = nll_loss_nd(log_softmax(z, 1), labels)
     u = slice_scatter(slice_scatter(new_empty(q, [.., 24]), a, -1, 0, 8), b, -1, 8, 24)
 
 After::
 
     w = k
+    v = k
     loss = cross_entropy_loss(z, labels)
     u = cat([a, b], -1)
 """
@@ -59,7 +61,7 @@ def normalize(
             graph.erase_node(node)
         elif name in FRESH and storage(node) in changed:
             node.target = aten.clone.default  # the constant itself is there for the next call too
-        elif name in IDENTITIES:
+        elif name in IDENTITIES or (name == "slice" and _takes_all(node)):
             _replace(node, node.args[0])
         elif name in ("cat", "concat", "concatenate"):
             _drop_empty_operands(node)
@@ -98,6 +100,18 @@ def _has_effects(node: fx.Node) -> bool:
 def _replace(node: fx.Node, value: Any) -> None:
     node.replace_all_uses_with(value)
     node.graph.erase_node(node)
+
+
+def _takes_all(node: fx.Node) -> bool:
+    """``x[:]`` inside of an index: nothing, but its gradient would be written into zeros. What leaves
+    the model stays a view."""
+    if any(user.op == "output" for user in node.users):
+        return False
+    given = bind(node)
+    size, end = given["self"].meta["val"].shape[given["dim"]], given["end"]
+    whole = size if isinstance(size, int) else sys.maxsize
+    ends = end is None or (isinstance(end, int) and end >= whole)
+    return ends and given["start"] in (None, 0) and given["step"] == 1
 
 
 def _drop_empty_operands(node: fx.Node) -> None:

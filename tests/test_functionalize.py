@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -19,6 +20,9 @@ from autoshard.errors import CaptureError
 from autoshard.memory import written
 from autoshard.passes.functionalize import functionalize
 from autoshard.passes.inline import inline
+from autoshard.passes.normalize import normalize
+from autoshard.rules import bind
+from autoshard.rules.call import op_name
 
 Step = tuple[str, int, int]  # what, on which value, with which other value or constant
 
@@ -237,3 +241,32 @@ def test_slices_written_into_an_empty_tensor_are_a_concatenation(rewritten: bool
     report = autoshard.verify(Whole(rewritten), 2, (torch.randn(3, 8),))
     assert report.ok, report
     assert report.plan.sharded_fraction == 1
+
+
+class SlicesOfAll(nn.Module):
+    """Slices that take all, and two that do not; one leaves as it is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        y = self.linear(x)[:, :, None, :].sin()[:, :, 0]
+        z = y[:, 0:6, :6] * y[:, -6:, ::1] + y[:, :, 1:2]
+        return z, y[:]
+
+
+def test_slices_that_take_all_are_nothing() -> None:
+    """Their gradient would be written into zeros; those of a part stay, and what leaves is a view."""
+    x = torch.randn(2, 6, 6)
+    torch.manual_seed(0)
+    model = SlicesOfAll()
+    captured = capture(model, (x,), {})
+    before = [bind(n) for n in captured.graph.nodes if op_name(n) == "slice"]
+    graph = normalize(captured.graph, captured.parameters, captured.constants)
+    after = [bind(n) for n in graph.nodes if op_name(n) == "slice"]
+    ends = [(k["dim"], k["start"], k["end"]) for k in after]
+    # Six of a dimension that had six in the example are not all of it.
+    assert ends == [(1, 0, 6), (1, -6, sys.maxsize), (2, 1, 2), (0, 0, sys.maxsize)]
+    assert len(before) > len(after)
+    assert autoshard.verify(model, 2, (x,)).ok
