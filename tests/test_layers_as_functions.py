@@ -21,6 +21,8 @@ from torch.testing import assert_close
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import autoshard
+from autoshard import beside
+from autoshard.products import side_by_side
 from tests.distributed import run_distributed
 
 H = 8
@@ -149,6 +151,20 @@ class Positions(Block):
         return x + self.mlp(x)
 
 
+class Narrow(Block):
+    """Three products of few columns, whose gradients are one product."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        del self.fc, self.out
+        self.q, self.k, self.v = (nn.Linear(H, 2, bias=False) for _ in range(3))
+        self.proj = nn.Linear(2, H)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(x)
+        return x + self.proj(self.q(y) * self.k(y) + self.v(y))
+
+
 class CalledTwice(nn.Module):
     """One layer on two values, whose gradients follow each other in one backward pass."""
 
@@ -205,6 +221,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "a result that nobody reads": lambda: Stack(Beside),
     "values that end in indices": lambda: Stack(Chosen),
     "a parameter like the activation": CalledTwice,
+    "products side by side": lambda: Stack(Narrow),
 }
 
 
@@ -227,7 +244,27 @@ def test_gradients_are_autograds(name: str) -> None:
     assert {n for n, g in mine.items() if g is None} == {n for n, g in theirs.items() if g is None}
     for key, grad in mine.items():
         assert_close(grad, theirs[key], rtol=1e-5, atol=1e-5, msg=lambda m, key=key: f"{key}: {m}")
+    first_of(split(x)).sum().backward()
+    apart = [_local(p.grad) for p in split.parameters() if p.grad is not None]
+    # Memory of their own: clipping scales each once.
+    assert len({g.untyped_storage().data_ptr() for g in apart}) == len(apart)
+    assert all(g.untyped_storage().nbytes() == g.nbytes for g in apart)
     assert any(g is None for g in mine.values()) == (name in list(MODELS)[3:5])
+
+
+def test_products_side_by_side_are_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the model above: its gradients are pieces of one, so that they have to be copied."""
+    joined = []
+
+    def seen(dys: Any, weights: Any, transposed: bool) -> Any:
+        found = side_by_side(dys, weights, transposed)
+        joined.append(len(dys) > len(found[0]))
+        return found
+
+    monkeypatch.setattr(beside, "side_by_side", seen)
+    x = torch.randn(2, 3, H)
+    split_of(Stack(Narrow), x)(x).sum().backward()
+    assert joined == [True, True]
 
 
 def test_no_gradient_flows_through_complex_values_under_no_grad() -> None:
