@@ -105,7 +105,7 @@ def _of_weight(b: Builder, x: Any, dy: fx.Node, transposed: bool) -> fx.Node:
 
 def _linear(b: Builder, x: Any, weight: Any, bias: Any = None) -> Made | None:
     vectors = [val is None or val.dim() < 2 for val in (val_of(x), val_of(weight))]
-    return None if any(vectors) or not _fits(bias, weight, 0) else _one(b, x, weight, bias, False)
+    return None if any(vectors) or not fits(bias, weight, 0) else _one(b, x, weight, bias, False)
 
 
 def _mm(b: Builder, x: Any, weight: Any) -> Made:
@@ -113,10 +113,10 @@ def _mm(b: Builder, x: Any, weight: Any) -> Made:
 
 
 def _addmm(b: Builder, bias: Any, x: Any, weight: Any) -> Made | None:
-    return _one(b, x, weight, bias, True) if bias is not None and _fits(bias, weight, 1) else None
+    return _one(b, x, weight, bias, True) if bias is not None and fits(bias, weight, 1) else None
 
 
-def _fits(bias: Any, weight: Any, dim: int) -> bool:
+def fits(bias: Any, weight: Any, dim: int) -> bool:
     """Whether a bias has a number for each output: one that is broadcast has another gradient."""
     if bias is None:
         return True

@@ -143,6 +143,7 @@ def _flag(x: Tensor) -> Tensor:
     device = x.get_device()
     if device not in _flags:
         _flags[device] = x.new_ones((), dtype=torch.bool)
+        torch.cuda.current_stream(device).synchronize()  # it is there, whatever stream asks next
     return _flags[device]
 
 

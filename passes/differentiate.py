@@ -107,7 +107,7 @@ def differentiate(graph: fx.Graph, needed: Sequence[bool]) -> Differentiated | N
         if not fits:
             return None
     comes = [reached.get(p, frozenset()) for p in asked]
-    views = [not _is_number(r) and _memory(r) is not r for r in results]
+    views = [not _is_number(r) and _is_view(r) for r in results]
     return made.ended(results, views, needed, comes, isinstance(returned, tuple))
 
 
@@ -156,9 +156,22 @@ def _reached(
     for node in reversed(nodes):
         if node in found:
             for operand in node.all_input_nodes:
-                if operand in flowing:
-                    found[operand] = found.get(operand, frozenset()) | found[node]
+                comes = found[node]
+                if node.target is fused_ops.column_linear and operand is not node.args[0]:
+                    comes = _behind(node, operand, found)
+                if operand in flowing and comes:
+                    found[operand] = found.get(operand, frozenset()) | comes
     return found
+
+
+def _behind(
+    column: fx.Node, operand: fx.Node, found: dict[fx.Node, frozenset[int]]
+) -> frozenset[int]:
+    """What a weight or a bias of several reaches: through its own product alone."""
+    _, _, weights, biases, _ = column.args
+    own = [place for values in (weights, biases) for place, x in enumerate(values) if x is operand]  # type: ignore[arg-type]
+    pieces = [user for user in column.users if user.target is operator.getitem and user.args[1] in own]
+    return frozenset().union(*(found.get(piece, frozenset()) for piece in pieces))
 
 
 def _is_number(node: Any) -> bool:
@@ -167,6 +180,11 @@ def _is_number(node: Any) -> bool:
         node.meta.get(WHOLE, node.meta.get("val")),
         (int, float, torch.SymInt, torch.SymFloat, torch.SymBool),
     )
+
+
+def _is_several(node: fx.Node) -> bool:
+    """Tensors in a tuple."""
+    return isinstance(node.meta.get(WHOLE, node.meta.get("val")), (tuple, list))
 
 
 def _memory(value: Any) -> fx.Node | None:
@@ -189,6 +207,15 @@ def _memory(value: Any) -> fx.Node | None:
         if isinstance(value, fx.Node) and value.target in COMMUNICATING:
             return value
     return None
+
+
+def _is_view(result: fx.Node) -> bool:
+    """Whether it lies in the memory of a value that nobody else sees, as another one's view.
+
+    A copy is a view of what enters, and its views are: to write into them is an error.
+    """
+    memory = _memory(result)
+    return memory is not None and memory is not result and memory.target is not ops.copy
 
 
 def _units(nodes: Sequence[fx.Node], flowing: set[fx.Node]) -> Iterator[list[fx.Node]]:
@@ -349,7 +376,7 @@ class _Builder:
     def part(self, nodes: list[fx.Node]) -> bool:
         """Calls that autograd differentiates."""
         operands, results = operands_of(nodes), results_of(nodes)
-        if any(isinstance(result.meta.get(WHOLE), (tuple, list)) for result in results):
+        if any(map(_is_several, (*operands, *results))):
             return False
         name, self._at = f"part_{len(self._parts)}", nodes[-1]
         self._parts[name] = graph_of(nodes, operands)

@@ -44,7 +44,7 @@ from torch import Tensor, fx
 from autoshard import fused_ops, products
 from autoshard.analysis import WHOLE
 from autoshard.bindings import operator_of
-from autoshard.derivatives import alike, is_number, val_of
+from autoshard.derivatives import alike, fits, is_number, val_of
 
 aten = torch.ops.aten
 
@@ -55,6 +55,12 @@ MATMULS = (fused_ops.column_linear, fused_ops.row_linear, aten.linear.default)
 
 def _first(node: fx.Node) -> Sequence[Any]:
     return [node.args[0]]
+
+
+def _linear(node: fx.Node) -> Sequence[Any]:
+    x, weight, bias = (*node.args, None)[:3]
+    value = val_of(weight)
+    return [x] if value is not None and value.dim() == 2 and fits(bias, weight, 0) else []
 
 
 def _norm(node: fx.Node) -> Sequence[Any]:
@@ -82,7 +88,7 @@ def _dim(node: fx.Node) -> int:
 BY_ROWS: dict[Any, Callable[[fx.Node], Sequence[Any]]] = {
     fused_ops.column_linear: _first,
     fused_ops.row_linear: lambda node: node.args[0],  # type: ignore[return-value,dict-item]
-    aten.linear.default: _first,
+    aten.linear.default: _linear,
     aten.layer_norm.default: _norm,
     aten.gelu.default: _first,
     aten.silu.default: _first,
@@ -186,11 +192,13 @@ class _Rewriting:
         self._becoming = becoming
         self._whole: dict[fx.Node, fx.Node] = {}
         self._rows: dict[fx.Node, fx.Node] = {}
-        self._size: dict[tuple[str, ...], fx.Node] = {}  # leading shape -> the size of a value of it
+        self._like: dict[fx.Node, fx.Node] = {}  # on rows -> a whole value of its leading sizes
+        self._size: dict[fx.Node, fx.Node] = {}  # of these
 
     def on_rows(self, node: fx.Node) -> None:
         """The same call, of rows."""
         given = {operand: self.rows(operand) for operand in self._becoming[node]}
+        self._like[node] = self._like[next(iter(given))]
         made = self.graph.node_copy(node, lambda n: given[n] if n in given else self.whole(n))
         if BY_ROWS[operator_of(node)] is _along_last:
             made.args, made.kwargs = (*made.args[:2], -1), {}
@@ -227,22 +235,21 @@ class _Rewriting:
         else:
             made = self.graph.call_function(aten.flatten.using_ints, (self.whole(node), 0, -2))
         self._rows[node] = self._described(made, node, rows=True)
+        self._like[node] = node
         return made
 
     def whole(self, node: fx.Node) -> fx.Node:
         """The value in its own shape."""
         if node not in self._whole:
-            rows, leading = self._rows[node], _leading(node)
-            assert leading is not None
-            made = self.graph.call_function(products.as_tokens, (rows, self._size_of(leading)))
+            size = self._size_of(self._like[node])
+            made = self.graph.call_function(products.as_tokens, (self._rows[node], size))
             self._whole[node] = self._described(made, node)
         return self._whole[node]
 
-    def _size_of(self, leading: tuple[str, ...]) -> fx.Node:
-        if leading not in self._size:
-            like = next(n for n in self._whole if _leading(n) == leading)
-            self._size[leading] = self.graph.call_function(Tensor.size, (self._whole[like],))
-        return self._size[leading]
+    def _size_of(self, like: fx.Node) -> fx.Node:
+        if like not in self._size:
+            self._size[like] = self.graph.call_function(Tensor.size, (self._whole[like],))
+        return self._size[like]
 
     def _described(self, made: fx.Node, node: fx.Node, rows: bool = False) -> fx.Node:
         made.meta = {**node.meta, "stands_for": node.meta.get("stands_for", node)}

@@ -544,3 +544,67 @@ def _bodies(split: Any) -> list[tuple[Layer, Any]]:
     layers = [m for m in split.modules() if isinstance(m, Layer)]
     bodies = [b for n, b in module.named_children() if n.startswith("layer_")]
     return list(zip(layers, bodies, strict=False))
+
+
+def test_a_view_of_a_copy_is_not_written_into() -> None:
+    """A copy into a group lies in its operand's memory: autograd refuses, and so does the layer."""
+    body = Body()
+    z = body.weight(B, S, H)
+    first = body.call(aten.view.default, body.call(ops.copy, z, body.group), [-1, H])
+    (y,) = body.column(body.x)
+    module = body.ended(first, body.call(aten.add.Tensor, body.row([y]), body.x))
+    needed = [isinstance(v, Tensor) for v in body.values]
+    made = differentiate(module.graph, needed)
+    assert made is not None
+    for call in (module.forward, lambda *leaves: made((), leaves)):
+        given = [v * 1 if isinstance(v, Tensor) else v for v in _leaves(body.values, needed)]
+        result, _ = call(*given)
+        with pytest.raises(RuntimeError, match="is a view and is being modified inplace"):
+            result.mul_(2)
+
+
+def test_a_result_may_be_written_into() -> None:
+    """What was computed on rows leaves as a tensor of its own."""
+    body = Body()
+    (y,) = body.column(body.x)
+    module = body.ended(body.call(aten.add.Tensor, body.row([y]), body.x))
+    needed = [isinstance(v, Tensor) for v in body.values]
+    made = differentiate(tokens_as_rows(module.graph), needed)
+    assert made is not None
+    found = []
+    for call in (module.forward, lambda *leaves: made((), leaves)):
+        leaves = _leaves(body.values, needed)
+        call(*leaves).mul_(3).sum().backward()
+        found.append([x.grad for x in leaves if isinstance(x, Tensor)])
+    assert_close(*found)
+
+
+def test_a_weight_behind_a_result_that_nobody_reads_has_no_gradient() -> None:
+    """Of several that are one call; zeros would be decayed."""
+    body = Body()
+    read, unread = body.column(body.x, [H, H])
+    module = body.ended(body.row([read]), unread)
+    needed = [isinstance(v, Tensor) for v in body.values]
+    made = differentiate(tokens_as_rows(module.graph), needed)
+    assert made is not None
+    found = []
+    for call in (module.forward, lambda *leaves: made((), leaves)):
+        leaves = _leaves(body.values, needed)
+        call(*leaves)[0].sum().backward()
+        found.append([x.grad for x in leaves if isinstance(x, Tensor)])
+    mine, theirs = found[1], found[0]
+    assert None in [None if g is None else 0 for g in theirs]
+    for one, other in zip(mine, theirs, strict=True):
+        assert (one is None) == (other is None)
+        assert one is None or other is None or torch.equal(one, other)
+
+
+def test_pieces_of_unequal_size_between_collectives() -> None:
+    """A tuple that no row gives is no operand of a part: autograd has the layer."""
+    body = Body()
+    (y,) = body.column(body.x)
+    chunks = body.call(aten.chunk.default, y, 3, -1)
+    pieces = [body.call(operator.getitem, chunks, i) for i in range(3)]
+    joined = body.call(aten.cat.default, [body.call(aten.sin.default, p) for p in pieces], -1)
+    module = body.ended(body.row([joined]))
+    _same(module, body.values, [isinstance(v, Tensor) for v in body.values], [True])

@@ -151,6 +151,47 @@ class Positions(Block):
         return x + self.mlp(x)
 
 
+class Gate(Block):
+    """A product by a vector, which has a dimension less."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = nn.Parameter(torch.randn(H))
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate = torch.sigmoid(F.linear(self.norm(x), self.gate))
+        return x + self.mlp(x) * gate.unsqueeze(-1)
+
+
+class BiasOfPlaces(Block):
+    """A product's bias for each token, of sizes that nothing is split over."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down = nn.Linear(H, 7)
+        self.weight, self.bias = nn.Parameter(torch.randn(3, 7)), nn.Parameter(torch.randn(3, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.linear(F.gelu(self.down(self.norm(x))), self.weight, self.bias)
+        return x + self.mlp(x) * y.sigmoid().mean(-1, keepdim=True)
+
+
+class Heads(Block):
+    """Products of each head: of heads that are split, and of as many that are not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.o = (nn.Linear(H, H) for _ in range(3))
+        self.own, self.whole = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(x)
+        z = self.whole(x.unflatten(-1, (2, 4)))
+        q, k = self.own(self.q(y).unflatten(-1, (2, 4))), self.k(y).unflatten(-1, (2, 4))
+        o = F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, F.gelu(q))))
+        return x + self.o(o.transpose(1, 2).flatten(-2)) + z.flatten(-2) + self.mlp(x)
+
+
 class Narrow(Block):
     """Three products of few columns, whose gradients are one product."""
 
@@ -222,6 +263,9 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "values that end in indices": lambda: Stack(Chosen),
     "a parameter like the activation": CalledTwice,
     "products side by side": lambda: Stack(Narrow),
+    "a product by a vector": lambda: Stack(Gate),
+    "a bias of each place": lambda: Stack(BiasOfPlaces),
+    "products of heads": lambda: Stack(Heads),
 }
 
 
