@@ -72,6 +72,12 @@ def alike(*values: Any) -> bool:
 # -- matmuls -------------------------------------------------------------------------------------
 
 
+def _is_vector(x: Any) -> bool:
+    """Whether a matmul's operand has one dimension, or nobody knows."""
+    val = val_of(x)
+    return val is None or val.dim() < 2
+
+
 def _are_rows(x: Any) -> bool:
     """Whether a matmul's operand, and so its result, is [tokens, n]."""
     val = val_of(x)
@@ -104,8 +110,9 @@ def _of_weight(b: Builder, x: Any, dy: fx.Node, transposed: bool) -> fx.Node:
 
 
 def _linear(b: Builder, x: Any, weight: Any, bias: Any = None) -> Made | None:
-    vectors = [val is None or val.dim() < 2 for val in (val_of(x), val_of(weight))]
-    return None if any(vectors) or not fits(bias, weight, 0) else _one(b, x, weight, bias, False)
+    if _is_vector(x) or _is_vector(weight) or not fits(bias, weight, 0):
+        return None
+    return _one(b, x, weight, bias, False)
 
 
 def _mm(b: Builder, x: Any, weight: Any) -> Made:
@@ -154,7 +161,9 @@ def _product(b: Builder, x: Any, weight: Any, bias: Any, transposed: bool) -> fx
 
 def _column_linear(
     b: Builder, x: Any, group: Any, weights: Sequence[Any], biases: Sequence[Any], transposed: bool
-) -> Made:
+) -> Made | None:
+    if _is_vector(x):
+        return None
     ys = [_product(b, x, *both, transposed) for both in zip(weights, biases, strict=True)]
     size = _size(b, x)
 
@@ -180,7 +189,7 @@ def _row_linear(
     biases: Sequence[Any],
     transposed: bool,
 ) -> Made | None:
-    if any(_unlike(x, xs[0]) for x in xs[1:]):
+    if _is_vector(xs[0]) or any(_unlike(x, xs[0]) for x in xs[1:]):
         return None
     y = b.now(fused_ops.row_linear, tuple(xs), group, tuple(weights), tuple(biases), transposed)
     sizes = [_size(b, x) for x in xs]

@@ -19,7 +19,7 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool) ->
 
 def as_rows(x: Tensor) -> Tensor:
     """[..., n] -> [tokens, n]."""
-    return x if x.dim() == 2 else x.flatten(0, -2)
+    return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
 
 
 def as_tokens(rows: Tensor, size: Sequence[int]) -> Tensor:
