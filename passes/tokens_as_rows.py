@@ -195,6 +195,7 @@ class _Rewriting:
         self._rows: dict[fx.Node, fx.Node] = {}
         self._like: dict[fx.Node, fx.Node] = {}  # on rows -> a whole value of its leading sizes
         self._size: dict[fx.Node, fx.Node] = {}  # of these
+        self._flat: dict[Any, Tensor] = {}  # shape and dtype -> as rows
 
     def on_rows(self, node: fx.Node) -> None:
         """The same call, of rows."""
@@ -256,9 +257,12 @@ class _Rewriting:
         made.meta = {**node.meta, "stands_for": node.meta.get("stands_for", node)}
         val = val_of(node)
         if rows and val is not None:
-            *leading, last = val.shape
-            with without_modes():  # this is called in a step: nothing for the caller to count
-                made.meta[WHOLE] = val.new_empty((math.prod(leading), last))
+            kind = (*map(str, val.shape), val.dtype)
+            if kind not in self._flat:
+                *leading, last = val.shape
+                with without_modes():  # this is called in a step: nothing for the caller to count
+                    self._flat[kind] = val.new_empty((math.prod(leading), last))
+            made.meta[WHOLE] = self._flat[kind]
         return made
 
 
