@@ -73,9 +73,9 @@ def alike(*values: Any) -> bool:
 
 
 def _is_vector(x: Any) -> bool:
-    """Whether a matmul's operand has one dimension, or nobody knows."""
+    """Whether a matmul's operand is known to have one dimension."""
     val = val_of(x)
-    return val is None or val.dim() < 2
+    return val is not None and val.dim() < 2
 
 
 def _are_rows(x: Any) -> bool:
@@ -110,9 +110,8 @@ def _of_weight(b: Builder, x: Any, dy: fx.Node, transposed: bool) -> fx.Node:
 
 
 def _linear(b: Builder, x: Any, weight: Any, bias: Any = None) -> Made | None:
-    if _is_vector(x) or _is_vector(weight) or not fits(bias, weight, 0):
-        return None
-    return _one(b, x, weight, bias, False)
+    vectors = [val is None or val.dim() < 2 for val in (val_of(x), val_of(weight))]
+    return None if any(vectors) or not fits(bias, weight, 0) else _one(b, x, weight, bias, False)
 
 
 def _mm(b: Builder, x: Any, weight: Any) -> Made:
