@@ -391,3 +391,24 @@ DERIVATIVES: dict[Any, Rule] = {
 }
 STOPS = (aten.detach.default, Tensor.size)  # no gradient flows through
 COMMUNICATING = (fused_ops.column_linear, fused_ops.row_linear)
+# What gives new contiguous tensors, among what rows emit into the backward graph.
+OWN = (torch.mm, torch.sum, aten.native_layer_norm_backward.default)
+
+
+def is_own(gradient: fx.Node | None) -> bool:
+    """Whether a gradient that leaves is a contiguous tensor that nobody else reads."""
+    if gradient is None or len(gradient.users) != 1:
+        return False
+    made: Any = gradient.args[0] if gradient.target is operator.getitem else gradient
+    if made.target is fused_ops.column_gradients:
+        return len(made.args[4]) == 1  # of several they may be views of one tensor
+    return made.target in OWN
+
+
+def results_behind(node: fx.Node, operand: fx.Node) -> Sequence[fx.Node]:
+    """The results of a call that an operand's gradient comes from: a weight's from its own product."""
+    if node.target is not fused_ops.column_linear or operand is node.args[0]:
+        return [node]
+    _, _, weights, biases, _ = node.args
+    own = [place for values in (weights, biases) for place, x in enumerate(values) if x is operand]  # type: ignore[arg-type]
+    return [user for user in node.users if user.target is operator.getitem and user.args[1] in own]

@@ -42,7 +42,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from autoshard import fused_ops, layer_function, ops
+from autoshard import layer_function, ops
 from autoshard.analysis import WHOLE
 from autoshard.bindings import operator_of
 from autoshard.compat import is_composite
@@ -54,14 +54,13 @@ from autoshard.derivatives import (
     Builder,
     Gradients,
     Made,
+    is_own,
+    results_behind,
 )
 from autoshard.layer_function import Differentiated
 from autoshard.parts import graph_of, operands_of, place_in_model, results_of
 from autoshard.products import as_tokens
 from autoshard.rules.call import is_continuous
-
-# What gives new contiguous tensors.
-OWN = (torch.mm, torch.sum, torch.ops.aten.native_layer_norm_backward.default)
 
 
 def differentiate(graph: fx.Graph, needed: Sequence[bool]) -> Differentiated | None:
@@ -156,22 +155,10 @@ def _reached(
     for node in reversed(nodes):
         if node in found:
             for operand in node.all_input_nodes:
-                comes = found[node]
-                if node.target is fused_ops.column_linear and operand is not node.args[0]:
-                    comes = _behind(node, operand, found)
-                if operand in flowing and comes:
-                    found[operand] = found.get(operand, frozenset()) | comes
+                for result in results_behind(node, operand):
+                    if operand in flowing and result in found:
+                        found[operand] = found.get(operand, frozenset()) | found[result]
     return found
-
-
-def _behind(
-    column: fx.Node, operand: fx.Node, found: dict[fx.Node, frozenset[int]]
-) -> frozenset[int]:
-    """What a weight or a bias of several reaches: through its own product alone."""
-    _, _, weights, biases, _ = column.args
-    own = [place for values in (weights, biases) for place, x in enumerate(values) if x is operand]  # type: ignore[arg-type]
-    pieces = [user for user in column.users if user.target is operator.getitem and user.args[1] in own]
-    return frozenset().union(*(found.get(piece, frozenset()) for piece in pieces))
 
 
 def _is_number(node: Any) -> bool:
@@ -244,16 +231,6 @@ def _between(stretch: list[fx.Node], flowing: set[fx.Node]) -> Iterator[list[fx.
     if unknown:
         yield stretch[first:end]
     yield from ([node] for node in stretch[end:])
-
-
-def _is_own(gradient: fx.Node | None) -> bool:
-    """Whether a gradient that leaves is a contiguous tensor that nobody else reads."""
-    if gradient is None or len(gradient.users) != 1:
-        return False
-    made: Any = gradient.args[0] if gradient.target is operator.getitem else gradient
-    if made.target is fused_ops.column_gradients:
-        return len(made.args[4]) == 1  # of several they may be views of one tensor
-    return made.target in OWN
 
 
 def _original(node: fx.Node) -> fx.Node:
@@ -434,7 +411,7 @@ class _Builder:
         operands = [n for n in self._forward.nodes if n.op == "placeholder"]
         asked = [gradients.get(n) for n, need in zip(operands, needed, strict=True) if need]
         self._backward.output(tuple(asked))
-        own = [_is_own(gradient) and asked.count(gradient) == 1 for gradient in asked]
+        own = [is_own(gradient) and asked.count(gradient) == 1 for gradient in asked]
         # A view that leaves a function of autograd must not be written into; what is detached may.
         made = [
             self.now(Tensor.detach, n) if view else n for n, view in zip(made, views, strict=True)

@@ -122,6 +122,27 @@ def test_slow_collectives_are_waited_for() -> None:
     assert not watch.thread.is_alive()
 
 
+def test_a_watch_that_has_ended_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The next collective has one again: nobody asks whether its thread is alive."""
+    monkeypatch.setattr(pending, "is_capturing", lambda: False)
+    monkeypatch.setattr(pending, "record", lambda event, device: None)
+    monkeypatch.setattr(torch.cuda, "Event", lambda: Event(ended=True))
+    monkeypatch.setattr(pending, "_watch", None)
+    seen = []
+    try:
+        for _ in range(2):
+            pending.note("all-reduce", [0, 1], SimpleNamespace(), 0)  # type: ignore[arg-type]
+            watch = pending._watch
+            assert watch is not None and watch.thread.is_alive()
+            seen.append(watch)
+            watch._end()
+            assert pending._watch is None
+    finally:
+        pending._issued.clear()
+        pending._free.clear()
+    assert seen[0] is not seen[1]
+
+
 def test_nothing_is_noted_within_a_cuda_graph(monkeypatch: pytest.MonkeyPatch) -> None:
     """An event that belongs to a captured graph cannot be asked."""
     monkeypatch.setattr(pending, "is_capturing", lambda: True)
